@@ -1,0 +1,49 @@
+"""Train from dense to sparse: python, deepspeed, torchrun and mpirun all start this file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spion_ds.training.config import recipe_names
+from spion_ds.training.session import DEFAULT_RECIPE, TrainOptions, run_command, train
+
+
+def main() -> int:
+    """Parse the command line and train; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--recipe",
+        help=f"one of {', '.join(recipe_names())}, or a .yaml file; default {DEFAULT_RECIPE}",
+    )
+    parser.add_argument("--ds_config", help="DeepSpeed JSON; default: ZeRO stage 0")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--run_name", help="name of this run; default: the recipe's")
+    parser.add_argument(
+        "--if_taken",
+        default="suffix",
+        choices=("suffix", "error"),
+        help="when the name is taken: take the next free one, or stop; default suffix",
+    )
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of the data")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on from a run's latest checkpoint, or from one named; default: run_dir/run_name",
+    )
+    parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and stop after this step")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="recipe overrides"
+    )
+    # Options and overrides may be mixed in any order.
+    given = vars(parser.parse_intermixed_args())
+    del given["local_rank"]
+    return run_command(lambda: train(TrainOptions(**given)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Counter-based dropout: every keep-or-drop decision is a hash of where it is taken.
+
+A decision depends on a key (one int32 a sample, made from seed, step, sample and place in the
+model) and on the element's coordinates, never on a generator's state. So a mask can be drawn
+again in the backward pass instead of being stored, is the same on every device and in every
+backend, and does not depend on how a batch is split over ranks and micro-batches.
+
+The hash is a 32-bit xor-shift-multiply finaliser, in wrapping int32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Odd constants; as signed int32 they wrap the same way as uint32.
+_MULTIPLY_1 = 0x7FEB352D
+_MULTIPLY_2 = 0x846CA68B - 2**32
+STRIDE = 0x9E3779B9 - 2**32
+_RESOLUTION = 24
+
+
+def mix(x: Tensor) -> Tensor:
+    """Return the hash of each int32 in ``x``; ``x`` itself is overwritten.
+
+    x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
+    with logical shifts on 32 bits.
+    """
+    x ^= (x >> 16) & 0xFFFF
+    x *= _MULTIPLY_1
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _MULTIPLY_2
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def combine(key: Tensor, counter: Tensor | int) -> Tensor:
+    """Return the key (int32) of the sub-stream ``counter`` of ``key``: mix(key + counter·stride).
+
+    The two broadcast against each other; counters are taken modulo 2^32.
+    """
+    if isinstance(counter, int):
+        return mix(key + _wrap((counter + 1) * STRIDE))
+    return mix(key + (counter.to(torch.int32) + 1) * STRIDE)
+
+
+def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:
+    """Return the dropout keys (places, batch) int32 of a micro-batch.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step.
+        samples: (batch,) integer position of each sample in the step's global batch.
+        places: how many places in the model draw a mask.
+    """
+    key = combine(torch.zeros(1, dtype=torch.int32, device=samples.device), seed)
+    key = combine(combine(key, step), samples)
+    place = torch.arange(places, dtype=torch.int32, device=samples.device)
+    return combine(key, place[:, None])
+
+
+def keep_threshold(p: float) -> int:
+    """Return t such that an element is kept when the top 24 bits of its hash are >= t."""
+    return round(p * 2**_RESOLUTION)
+
+
+def keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
+    """Return which elements are kept, bool of the broadcast shape of the two arguments.
+
+    Args:
+        row_keys: int32 key of each row of elements.
+        columns: int32 coordinate of each element in its row.
+        p: probability of dropping.
+    """
+    bits = combine(row_keys, columns)
+    return ((bits >> 8) & 0xFFFFFF) >= keep_threshold(p)
+
+
+def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
+    """Return ``x`` with elements zeroed with probability ``p``, the rest scaled by 1 / (1 - p).
+
+    Args:
+        x: (batch, ..., columns).
+        p: probability of dropping.
+        key: (batch,) int32, from :func:`sample_keys`.
+    """
+    if p == 0.0:
+        return x
+    rows = x[0].numel() // x.shape[-1]
+    row = torch.arange(rows, dtype=torch.int32, device=x.device)
+    column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    keep = keep_mask(combine(key[:, None], row)[:, :, None], column, p)
+    return x * keep.view(x.shape) * (1.0 / (1.0 - p))
+
+
+def _wrap(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31

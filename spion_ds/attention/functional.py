@@ -1,0 +1,145 @@
+"""block_sparse_attention: one function, several backends, one contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.reference import block_sparse_attention_reference
+from spion_ds.attention.torch_backend import block_sparse_attention_torch
+from spion_ds.errors import ConfigError, unknown_name
+
+BACKENDS = ("auto", "reference", "torch")
+PRUNED = ("zero", "excluded")
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    pruned: str = "zero",
+    dropout_p: float = 0.0,
+    dropout_key: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return attention restricted to the layout's blocks, (batch, heads, L, head_dim).
+
+    Args:
+        q: (batch, heads, L, head_dim), bf16, fp16, fp32 or fp64, contiguous or strided.
+        k, v: (batch, kv_heads, M, head_dim) in q's dtype; kv_heads divides heads.
+        layout: kept blocks; ceil(L / block) rows and ceil(M / block) columns, for all heads or
+            one layout a head. A query row that keeps nothing gives zeros and zero gradients.
+        key_padding_mask: (batch, M) bool, True = real token. Padded keys are never attended to.
+        causal: mask entries above the diagonal inside kept blocks. Blocks wholly above the
+            diagonal are an error in the layout.
+        scale: factor of the scores; head_dim ** -0.5 if None.
+        pruned: ``"zero"``: a pruned valid key counts as logit 0 in the softmax's denominator and
+            adds nothing to the output (SPION). ``"excluded"``: it is absent (DeepSpeed).
+        dropout_p: probability of dropping a kept probability.
+        dropout_key: (batch,) int32 keys of the counter-based generator (attention/dropout.py);
+            drawn from PyTorch's default generator if None.
+        backend: ``"reference"`` is the specification, ``"torch"`` costs in proportion to the
+            kept blocks, ``"auto"`` takes the fastest for the device.
+
+    Raises:
+        ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
+            names what and what is allowed.
+    """
+    _check_tensors(q, k, v, key_padding_mask)
+    _check_layout(layout, q, k, causal)
+    if pruned not in PRUNED:
+        raise ConfigError(unknown_name("pruned mode", pruned, PRUNED))
+    if backend not in BACKENDS:
+        raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
+    if not 0.0 <= dropout_p < 1.0:
+        raise ConfigError(f"dropout_p is {dropout_p}; allowed: 0 up to, not including, 1")
+    if dropout_p > 0.0:
+        dropout_key = _check_dropout_key(dropout_key, q)
+    implementation = (
+        block_sparse_attention_reference if backend == "reference" else block_sparse_attention_torch
+    )
+    return implementation(
+        q,
+        k,
+        v,
+        layout,
+        key_padding_mask=key_padding_mask,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        pruned=pruned,
+        dropout_p=dropout_p,
+        dropout_key=dropout_key,
+    )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
+        raise ConfigError(
+            "q is (batch, heads, L, head_dim) and k, v (batch, kv_heads, M, head_dim); "
+            f"got {shapes}"
+        )
+    if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1] != 0:
+        raise ConfigError(f"q and k share head_dim, and k's heads divide q's; got {shapes}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ConfigError(
+            f"q, k and v share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not (q.device == k.device == v.device):
+        raise ConfigError(f"q, k and v share a device; got {q.device}, {k.device}, {v.device}")
+    if key_padding_mask is None:
+        return
+    expected = (k.shape[0], k.shape[2])
+    if tuple(key_padding_mask.shape) != expected or key_padding_mask.dtype != torch.bool:
+        raise ConfigError(
+            f"key_padding_mask is bool {expected}, True = real token; got "
+            f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
+        )
+
+
+def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> None:
+    rows, cols = -(-q.shape[2] // layout.block), -(-k.shape[2] // layout.block)
+    if (layout.num_rows, layout.num_cols) != (rows, cols):
+        raise ConfigError(
+            f"the layout is {layout.num_rows}×{layout.num_cols} blocks of {layout.block}; "
+            f"{q.shape[2]} queries and {k.shape[2]} keys need {rows}×{cols}"
+        )
+    if layout.heads not in (1, q.shape[1]):
+        raise ConfigError(
+            f"the layout has {layout.heads} heads; allowed: 1 (shared) or q's {q.shape[1]}"
+        )
+    if layout.device != q.device:
+        raise ConfigError(
+            f"the layout is on {layout.device}, q on {q.device}; call layout.to({str(q.device)!r})"
+        )
+    if causal and _reaches_above_diagonal(layout):
+        raise ConfigError(
+            "causal=True, but the layout keeps blocks wholly above the diagonal; remove them with "
+            "mask.tril() before BlockLayout.from_mask"
+        )
+
+
+def _reaches_above_diagonal(layout: BlockLayout) -> bool:
+    if "above_diagonal" not in layout.plans:
+        layout.plans["above_diagonal"] = bool(layout.to_mask().triu(1).any())
+    return layout.plans["above_diagonal"]
+
+
+def _check_dropout_key(dropout_key: Tensor | None, q: Tensor) -> Tensor:
+    if dropout_key is None:
+        bounds = torch.iinfo(torch.int32)
+        return torch.randint(
+            bounds.min, bounds.max, (q.shape[0],), dtype=torch.int32, device=q.device
+        )
+    if dropout_key.dtype != torch.int32 or tuple(dropout_key.shape) != (q.shape[0],):
+        raise ConfigError(
+            f"dropout_key is int32 ({q.shape[0]},), one key a sample; got {dropout_key.dtype} "
+            f"{tuple(dropout_key.shape)}"
+        )
+    return dropout_key

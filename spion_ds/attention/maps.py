@@ -1,0 +1,168 @@
+"""Watching dense attention: the mean attention map of a layer, in chunks, as an observer.
+
+Shape suffixes: B batch, H heads, L tokens, R rows of a chunk, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spion_ds.errors import ConfigError
+from spion_ds.patterns.pooling import pool_rows, rows_needed
+
+# Bytes of the probabilities of one chunk of query rows.
+_CHUNK_BYTES = 64 << 20
+
+
+class AttentionMapAccumulator:
+    """Sums one layer's attention over micro-batches, so that ranks can add up and divide once.
+
+    Attributes:
+        total: (L, L) float64, row i = sum over heads and over the samples whose token i is real.
+        count: (L,) float64, how many (sample, head) pairs row i sums.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count: Tensor | None = None
+
+    @torch.no_grad()
+    def add(
+        self,
+        q_BHLD: Tensor,
+        k_BHLD: Tensor,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+    ) -> None:
+        """Add a micro-batch's attention; arguments as in :func:`attention_map`."""
+        length = q_BHLD.shape[2]
+        if self.total is None or self.count is None:
+            self.total = q_BHLD.new_zeros((length, length), dtype=torch.float64)
+            self.count = q_BHLD.new_zeros((length,), dtype=torch.float64)
+        chunk = _chunk_rows(q_BHLD)
+        for first in range(0, length, chunk):
+            rows = slice(first, min(first + chunk, length))
+            self.total[rows] += _row_sums(q_BHLD, k_BHLD, rows, key_padding_mask, causal, scale)
+        self.count += _row_counts(q_BHLD, key_padding_mask)
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block: int | None = None,
+    filter_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the post-softmax attention averaged over batch and heads, without gradient.
+
+    Row i is the mean over the heads and over the samples whose token i is real; a row that is
+    padding in every sample is zero. Nothing of size batch × heads × L × L is made; with ``block``,
+    nothing of size L × L either.
+
+    Args:
+        q: (batch, heads, L, head_dim).
+        k: (batch, kv_heads, L, head_dim), kv_heads divides heads.
+        block: side of the blocks to pool, or None for the token-level map.
+        filter_size: side of the diagonal convolution before pooling (odd), or None for none.
+        key_padding_mask: (batch, L) bool, True = real token.
+        causal: keys after the query are excluded.
+        scale: factor of the scores; head_dim ** -0.5 if None.
+
+    Returns:
+        (L, L) float64 for ``block=None``, else the pooled map (n, n) float64, n = ceil(L / block)
+        (SPION, arXiv 2309.12578, section on pattern generation).
+
+    Raises:
+        ConfigError: shapes do not fit, or ``filter_size`` is given without ``block``.
+    """
+    _check(q, k, key_padding_mask, block, filter_size)
+    with torch.no_grad():
+        length = q.shape[2]
+        count = _row_counts(q, key_padding_mask).clamp(min=1.0)[:, None]
+        if block is None:
+            total = q.new_zeros((length, length), dtype=torch.float64)
+            for rows in _chunks(length, _chunk_rows(q)):
+                total[rows] = _row_sums(q, k, rows, key_padding_mask, causal, scale)
+            return total / count
+        step = max(block, _chunk_rows(q) // block * block)
+        pooled = []
+        for rows in _chunks(length, step):
+            around = slice(*rows_needed(rows.start, rows.stop, length, filter_size))
+            strip = _row_sums(q, k, around, key_padding_mask, causal, scale) / count[around]
+            pooled.append(pool_rows(strip, rows.start, rows.stop, block, filter_size))
+        return torch.cat(pooled)
+
+
+def _chunks(length: int, step: int) -> Iterator[slice]:
+    for first in range(0, length, step):
+        yield slice(first, min(first + step, length))
+
+
+def _chunk_rows(q_BHLD: Tensor) -> int:
+    batch, heads, length, _ = q_BHLD.shape
+    return max(1, _CHUNK_BYTES // (batch * heads * length * 4))
+
+
+def _row_sums(
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    rows: slice,
+    key_padding_mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Return the attention of some query rows summed over batch and heads, (R, L) float64."""
+    scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
+    groups = q_BHLD.shape[1] // k_BHLD.shape[1]
+    k_BHLD = k_BHLD.repeat_interleave(groups, dim=1) if groups > 1 else k_BHLD
+    full = torch.float64 if q_BHLD.dtype == torch.float64 else torch.float32
+    scores_BHRL = (q_BHLD[:, :, rows].to(full) * scale) @ k_BHLD.to(full).transpose(-2, -1)
+    if causal:
+        position = torch.arange(q_BHLD.shape[2], device=q_BHLD.device)
+        scores_BHRL.masked_fill_(position > position[rows, None], float("-inf"))
+    if key_padding_mask is not None:
+        scores_BHRL.masked_fill_(~key_padding_mask[:, None, None, :], float("-inf"))
+    probs_BHRL = torch.softmax(scores_BHRL, dim=-1)
+    if key_padding_mask is not None:
+        # Drops the rows of padded queries, and the NaN rows of samples without a real token.
+        probs_BHRL.masked_fill_(~key_padding_mask[:, None, rows, None], 0.0)
+    return probs_BHRL.sum(dim=(0, 1), dtype=torch.float64)
+
+
+def _row_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Return how many (sample, head) pairs have a real query in each row, (L,) float64."""
+    batch, heads, length, _ = q_BHLD.shape
+    if key_padding_mask is None:
+        return q_BHLD.new_full((length,), batch * heads, dtype=torch.float64)
+    return key_padding_mask.sum(dim=0).to(torch.float64) * heads
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    key_padding_mask: Tensor | None,
+    block: int | None,
+    filter_size: int | None,
+) -> None:
+    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    if not fits or q.shape[1] % k.shape[1] != 0:
+        raise ConfigError(
+            "q is (batch, heads, L, head_dim) and k (batch, kv_heads, L, head_dim), kv_heads "
+            f"dividing heads; got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if key_padding_mask is not None and key_padding_mask.shape != (q.shape[0], q.shape[2]):
+        raise ConfigError(
+            f"key_padding_mask is bool {(q.shape[0], q.shape[2])}; got "
+            f"{tuple(key_padding_mask.shape)}"
+        )
+    if block is None and filter_size is not None:
+        raise ConfigError("filter_size is given without block; the convolution comes with pooling")
+    if block is not None and not 1 <= block <= q.shape[2]:
+        raise ConfigError(f"block is {block}; allowed: 1 to the sequence length, {q.shape[2]}")

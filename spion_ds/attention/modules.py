@@ -1,0 +1,119 @@
+"""SparseSelfAttention: attention that follows its SparsityConfig, dense or block-sparse."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spion_ds.attention.functional import block_sparse_attention
+from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.maps import AttentionMapAccumulator
+from spion_ds.sparsity import SparsityConfig
+
+
+class SparseSelfAttention(nn.Module):
+    """Scaled dot-product self-attention over the blocks that a SparsityConfig keeps.
+
+    No parameters and no persistent buffers: swapping the pattern changes no checkpoint key. While
+    the configuration keeps every block, PyTorch's scaled_dot_product_attention computes it.
+
+    Args:
+        sparsity_config: its layout is asked for again whenever its ``pattern`` is replaced.
+        pruned: what a pruned entry is in the softmax, ``"zero"`` or ``"excluded"``.
+        dropout_p: dropout on the attention probabilities, in training mode.
+        backend: passed to :func:`block_sparse_attention`.
+    """
+
+    def __init__(
+        self,
+        sparsity_config: SparsityConfig,
+        *,
+        pruned: str = "zero",
+        dropout_p: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.sparsity_config = sparsity_config
+        self.pruned = pruned
+        self.dropout_p = dropout_p
+        self.backend = backend
+        # Set by whoever wants to see one forward pass; reset by the pass that it saw, so that a
+        # pass recomputed for activation checkpointing is not seen twice.
+        self.observer: AttentionMapAccumulator | None = None
+        self._layouts: dict[tuple[int, torch.device], BlockLayout | None] = {}
+        self._pattern: Tensor | None = None
+
+    def layout(self, length: int, device: torch.device) -> BlockLayout | None:
+        """Return the layout for ``length`` tokens on ``device``, None while it is dense."""
+        pattern = getattr(self.sparsity_config, "pattern", None)
+        if pattern is not self._pattern:
+            self._layouts.clear()
+            self._pattern = pattern
+        if (length, device) not in self._layouts:
+            block = self.sparsity_config.block
+            mask = self.sparsity_config.make_layout(-(-length // block) * block).bool()
+            shared = not self.sparsity_config.different_layout_per_head
+            dense = bool(mask.all())
+            layout = None if dense else BlockLayout.from_mask(mask[0] if shared else mask, block)
+            self._layouts[length, device] = None if layout is None else layout.to(device)
+        return self._layouts[length, device]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        dropout_key: Tensor | None = None,
+    ) -> Tensor:
+        """Return (batch, heads, L, head_dim).
+
+        Args:
+            query, key, value: (batch, heads, L, head_dim).
+            key_padding_mask: (batch, L) bool, True = real token.
+            dropout_key: (batch,) int32 keys of the counter-based dropout; without them the draws
+                come from PyTorch's generators.
+        """
+        if self.observer is not None:
+            observer, self.observer = self.observer, None
+            observer.add(query, key, key_padding_mask)
+        dropout_p = self.dropout_p if self.training else 0.0
+        layout = self.layout(query.shape[2], query.device)
+        if layout is not None:
+            return block_sparse_attention(
+                query,
+                key,
+                value,
+                layout,
+                key_padding_mask=key_padding_mask,
+                pruned=self.pruned,
+                dropout_p=dropout_p,
+                dropout_key=dropout_key,
+                backend=self.backend,
+            )
+        if dropout_p > 0.0 and dropout_key is not None:
+            # SDPA cannot draw from our counters; a layout that keeps everything can.
+            return block_sparse_attention(
+                query,
+                key,
+                value,
+                self._full_layout(query),
+                key_padding_mask=key_padding_mask,
+                pruned="excluded",
+                dropout_p=dropout_p,
+                dropout_key=dropout_key,
+                backend=self.backend,
+            )
+        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+
+    def _full_layout(self, query: Tensor) -> BlockLayout:
+        block = self.sparsity_config.block
+        n = -(-query.shape[2] // block)
+        if self._full is None or self._full.num_rows != n or self._full.device != query.device:
+            ones = torch.ones((n, n), dtype=torch.bool, device=query.device)
+            self._full = BlockLayout.from_mask(ones, block)
+        return self._full
+
+    _full: BlockLayout | None = None

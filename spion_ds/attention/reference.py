@@ -1,0 +1,92 @@
+"""The specification of block-sparse attention: plain PyTorch, L×L matrices, any dtype.
+
+Shape suffixes: B batch, H heads, L queries, M keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.dropout import combine, keep_mask
+from spion_ds.attention.layout import BlockLayout
+
+
+def block_sparse_attention_reference(
+    q_BHLD: Tensor,
+    k_BHMD: Tensor,
+    v_BHMD: Tensor,
+    layout: BlockLayout,
+    *,
+    key_padding_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    pruned: str,
+    dropout_p: float,
+    dropout_key: Tensor | None,
+) -> Tensor:
+    """Return (B, H, L, D) attention over the kept blocks; arguments as in the public function.
+
+    With ``pruned="zero"`` a pruned entry counts as logit 0 in the softmax's denominator and adds
+    nothing to the output (SPION); with ``"excluded"`` it is absent (DeepSpeed).
+    """
+    groups = q_BHLD.shape[1] // k_BHMD.shape[1]
+    k_BHMD = k_BHMD.repeat_interleave(groups, dim=1)
+    v_BHMD = v_BHMD.repeat_interleave(groups, dim=1)
+
+    valid_BHLM = valid_entries(q_BHLD, k_BHMD, key_padding_mask, causal)
+    kept_BHLM = valid_BHLM & token_mask(layout, q_BHLD.shape[2], k_BHMD.shape[2])
+
+    scores_BHLM = (q_BHLD @ k_BHMD.transpose(-2, -1)) * scale
+    scores_BHLM = scores_BHLM.masked_fill(~kept_BHLM, float("-inf"))
+    # A constant shift, so it carries no gradient; 0 where a row keeps nothing.
+    shift_BHL1 = scores_BHLM.detach().amax(dim=-1, keepdim=True)
+    if pruned == "zero":
+        shift_BHL1 = shift_BHL1.clamp(min=0.0)
+    shift_BHL1 = shift_BHL1.masked_fill(shift_BHL1 == float("-inf"), 0.0)
+    weights_BHLM = (scores_BHLM - shift_BHL1).exp()
+    total_BHL1 = weights_BHLM.sum(dim=-1, keepdim=True)
+    if pruned == "zero":
+        pruned_BHL1 = (valid_BHLM & ~kept_BHLM).sum(dim=-1, keepdim=True)
+        total_BHL1 = total_BHL1 + pruned_BHL1 * (-shift_BHL1).exp()
+    probs_BHLM = weights_BHLM / total_BHL1.masked_fill(total_BHL1 == 0.0, 1.0)
+
+    if dropout_p > 0.0:
+        assert dropout_key is not None
+        keep = attention_keep_mask(dropout_key, probs_BHLM.shape, dropout_p)
+        probs_BHLM = probs_BHLM * keep * (1.0 / (1.0 - dropout_p))
+    return probs_BHLM @ v_BHMD
+
+
+def token_mask(layout: BlockLayout, queries: int, keys: int) -> Tensor:
+    """Return the layout as a token mask, bool (1 or heads, L, M)."""
+    mask = layout.to_mask()
+    mask = mask[None] if mask.dim() == 2 else mask
+    mask = mask.repeat_interleave(layout.block, dim=1).repeat_interleave(layout.block, dim=2)
+    return mask[:, :queries, :keys]
+
+
+def valid_entries(
+    q_BHLD: Tensor, k_BHMD: Tensor, key_padding_mask: Tensor | None, causal: bool
+) -> Tensor:
+    """Return the entries that neither padding nor causality excludes, bool (B, H, L, M)."""
+    batch, heads, queries, _ = q_BHLD.shape
+    keys = k_BHMD.shape[2]
+    valid = torch.ones((batch, heads, queries, keys), dtype=torch.bool, device=q_BHLD.device)
+    if key_padding_mask is not None:
+        valid &= key_padding_mask[:, None, None, :]
+    return valid.tril() if causal else valid
+
+
+def attention_keep_mask(dropout_key: Tensor, shape: torch.Size, p: float) -> Tensor:
+    """Return which probabilities dropout keeps, bool (B, H, L, M).
+
+    The hash of entry (b, h, i, j) is combine(combine(combine(dropout_key[b], h), i), j).
+    """
+    _, heads, queries, keys = shape
+    device = dropout_key.device
+    head = torch.arange(heads, dtype=torch.int32, device=device)
+    row = torch.arange(queries, dtype=torch.int32, device=device)
+    column = torch.arange(keys, dtype=torch.int32, device=device)
+    row_keys = combine(combine(dropout_key[:, None], head)[:, :, None], row)
+    return keep_mask(row_keys[..., None], column, p)

@@ -1,0 +1,18 @@
+"""Which blocks of attention matter, and when to switch: pure functions on attention maps."""
+
+from spion_ds.patterns.flood_fill import flood_fill
+from spion_ds.patterns.pooling import pool_map
+from spion_ds.patterns.spion import pattern_from_pooled, spion_c, spion_cf, spion_f
+from spion_ds.patterns.transition import DistanceRule, FixedStepRule, TransitionReport
+
+__all__ = [
+    "DistanceRule",
+    "FixedStepRule",
+    "TransitionReport",
+    "flood_fill",
+    "pattern_from_pooled",
+    "pool_map",
+    "spion_c",
+    "spion_cf",
+    "spion_f",
+]

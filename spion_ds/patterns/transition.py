@@ -1,0 +1,196 @@
+"""When to switch from dense to sparse attention: SPION's distance rule, and a fixed step.
+
+A rule is asked at every check; how many steps lie between two checks is the caller's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spion_ds.errors import CheckpointError, ConfigError
+
+# Entries that are squared and added at a time, which bounds the float64 copies of large maps.
+_ENTRIES_AT_A_TIME = 1 << 22
+
+
+@dataclass(frozen=True)
+class TransitionReport:
+    """What one check found.
+
+    Attributes:
+        check: its number, from 1.
+        distances: for each layer ‖A_before − A_now‖ (Frobenius), None where there is none yet.
+        changes: for each layer the relative change of the distance, None where there is none yet.
+        fire: whether all layers switch to sparse attention now.
+    """
+
+    check: int
+    distances: list[float | None]
+    changes: list[float | None]
+    fire: bool
+
+
+class DistanceRule:
+    """Fires when the attention maps of all layers have stopped changing their pace of change.
+
+    At each check d = ‖A_before − A_now‖_F and change = |d − d_prev| / d_prev, for each layer; the
+    rule fires when int(100·change) < threshold_percent for every layer (arXiv 2309.12578).
+    Check 1 stores A_before, check 2 the first distance, and from check 3 on a check that does not
+    fire makes its maps the new A_before: the third check is the first that can fire.
+
+    Args:
+        threshold_percent: whole number of at least 1.
+    """
+
+    def __init__(self, threshold_percent: int = 15) -> None:
+        whole = isinstance(threshold_percent, int) and not isinstance(threshold_percent, bool)
+        if not whole or threshold_percent < 1:
+            raise ConfigError(
+                f"threshold_percent is {threshold_percent!r}; allowed: whole numbers from 1"
+            )
+        self.threshold_percent = threshold_percent
+        self._check = 0
+        self._before: list[Tensor] = []
+        self._distances: list[float] = []
+
+    def update(self, maps: list[Tensor]) -> TransitionReport:
+        """Take the maps of one check and say whether to switch.
+
+        Args:
+            maps: one floating tensor a layer, token-level (L, L) or pooled (n, n); the same
+                number and shapes at every check. They are copied, in their dtype and device.
+
+        Returns:
+            The report of this check. Distances are float64 sums in a fixed order: the same bits
+            on every device.
+
+        Raises:
+            ConfigError: no maps, a NaN or infinite map, or other layers or shapes than before;
+                the rule is then as it was.
+        """
+        self._check_maps(maps)
+        check = self._check + 1
+        if check == 1:
+            self._check, self._before = check, [a.detach().clone() for a in maps]
+            return TransitionReport(check, [None] * len(maps), [None] * len(maps), False)
+
+        distances = [_distance(*pair) for pair in zip(self._before, maps, strict=True)]
+        changes: list[float | None] = [None] * len(maps)
+        if check > 2:
+            changes = [_change(*pair) for pair in zip(distances, self._distances, strict=True)]
+        fire = all(self._is_small(change) for change in changes)
+        if check > 2 and not fire:
+            self._before = [a.detach().clone() for a in maps]
+        self._check, self._distances = check, distances
+        return TransitionReport(check, list(distances), changes, fire)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rule's memory: an int, CPU tensors in the maps' dtype, and floats."""
+        return {
+            "check": self._check,
+            "before": [a.cpu() for a in self._before],
+            "distances": list(self._distances),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the rule that gave ``state`` stood, bit for bit.
+
+        Raises:
+            CheckpointError: ``state`` is of another rule.
+        """
+        _check_keys(state, {"check", "before", "distances"}, "distance")
+        self._check = int(state["check"])
+        self._before = [a.detach().clone() for a in state["before"]]
+        self._distances = [float(d) for d in state["distances"]]
+
+    def _is_small(self, change: float | None) -> bool:
+        if change is None or not math.isfinite(change):
+            return False
+        return int(100 * change) < self.threshold_percent
+
+    def _check_maps(self, maps: list[Tensor]) -> None:
+        if not maps or (self._before and len(maps) != len(self._before)):
+            wanted = f"{len(self._before)} as before" if self._before else "at least one"
+            raise ConfigError(f"maps has {len(maps)} layers; allowed: {wanted}")
+        for layer, a in enumerate(maps):
+            if not a.is_floating_point():
+                raise ConfigError(f"the map of layer {layer} is {a.dtype}; allowed: floating")
+            if self._before and a.shape != self._before[layer].shape:
+                raise ConfigError(
+                    f"the map of layer {layer} has shape {tuple(a.shape)}; allowed: "
+                    f"{tuple(self._before[layer].shape)} as at the first check"
+                )
+            if not torch.isfinite(a).all():
+                raise ConfigError(
+                    f"the map of layer {layer} has NaN or infinite entries: the attention of that "
+                    f"layer has overflowed; allowed: finite values"
+                )
+
+
+class FixedStepRule:
+    """Fires at its first check: the caller makes the one check at the step that it wants."""
+
+    def __init__(self) -> None:
+        self._check = 0
+
+    def update(self, maps: list[Tensor]) -> TransitionReport:
+        """Return a report that fires; looks at nothing but the number of layers."""
+        self._check += 1
+        nothing: list[float | None] = [None] * len(maps)
+        return TransitionReport(self._check, nothing, list(nothing), True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rule's memory, one int."""
+        return {"check": self._check}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the rule that gave ``state`` stood.
+
+        Raises:
+            CheckpointError: ``state`` is of another rule.
+        """
+        _check_keys(state, {"check"}, "fixed-step")
+        self._check = int(state["check"])
+
+
+def _distance(before: Tensor, now: Tensor) -> float:
+    """Return ‖before − now‖_F in float64, the same bits on every device."""
+    before = before.to(now.device).flatten()
+    total = 0.0
+    for a, b in zip(
+        before.split(_ENTRIES_AT_A_TIME),
+        now.detach().flatten().split(_ENTRIES_AT_A_TIME),
+        strict=True,
+    ):
+        total += _sum_of_squares(a.to(torch.float64) - b.to(torch.float64))
+    return math.sqrt(total)
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    """Add the squares of a 1-D float64 tensor by halving it: elementwise adds in a fixed order."""
+    squares = values * values
+    while squares.numel() > 1:
+        half = (squares.numel() + 1) // 2
+        squares[: squares.numel() - half] += squares[half:]
+        squares = squares[:half]
+    return float(squares)
+
+
+def _change(distance: float, previous: float) -> float:
+    """Return |d − d_prev| / d_prev; from 0 it is 0 when nothing moved again, else infinite."""
+    if previous == 0.0:
+        return 0.0 if distance == 0.0 else math.inf
+    return abs(distance - previous) / previous
+
+
+def _check_keys(state: dict[str, Any], keys: set[str], rule: str) -> None:
+    if set(state) != keys:
+        raise CheckpointError(
+            f"the saved transition state has {sorted(state)}, and the {rule} rule saves "
+            f"{sorted(keys)}: it was saved by another rule; resume with the rule of the saved run"
+        )

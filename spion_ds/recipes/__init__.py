@@ -1,0 +1,1 @@
+"""Recipes: one YAML file a task and track."""

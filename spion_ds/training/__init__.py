@@ -1,0 +1,1 @@
+"""The training loop over DeepSpeed's engine; the only room that knows ranks."""

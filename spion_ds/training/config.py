@@ -1,0 +1,361 @@
+"""One validated run configuration from a recipe, a DeepSpeed JSON and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spion_ds.data import get_task
+from spion_ds.errors import ConfigError, unknown_name
+from spion_ds.models import ModelConfig
+from spion_ds.patterns import DistanceRule, FixedStepRule
+from spion_ds.settings import read_dataclass, require
+from spion_ds.sparsity import SparseAttentionConfig, take_sparse_attention_block
+from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config
+from spion_ds.training.schedule import OneCycle
+
+RULES = ("distance", "fixed")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TransitionConfig:
+    """When training goes from dense to sparse.
+
+    Attributes:
+        rule: ``"distance"`` (SPION's) or ``"fixed"`` (after ``switch_step`` steps).
+        check_every: steps between two checks of the distance rule.
+        threshold_percent: the distance's change below which the rule fires.
+        switch_step: dense steps under the fixed rule.
+        max_dense_steps: dense steps after which the switch is forced; null waits for the rule.
+    """
+
+    rule: str = "distance"
+    check_every: int = 500
+    threshold_percent: int = 15
+    switch_step: int | None = None
+    max_dense_steps: int | None = None
+
+    def validate(self, steps: int) -> None:
+        """Raise ConfigError unless every value is in range for a run of ``steps`` steps."""
+        at = "transition."
+        if self.rule not in RULES:
+            raise ConfigError(unknown_name(f"{at}rule", self.rule, RULES))
+        require(self.check_every >= 1, f"{at}check_every", self.check_every, "from 1 up")
+        require(
+            1 <= self.threshold_percent <= 100,
+            f"{at}threshold_percent",
+            self.threshold_percent,
+            "1 to 100",
+        )
+        within = f"1 to {steps - 1} (fewer than training.steps), or null"
+        for name in ("switch_step", "max_dense_steps"):
+            value = getattr(self, name)
+            require(value is None or 1 <= value < steps, f"{at}{name}", value, within)
+        if self.rule == "fixed" and self.switch_step is None:
+            raise ConfigError(f"{at}switch_step is missing; the fixed rule needs it: {within}")
+        if self.rule == "distance" and self.switch_step is not None:
+            raise ConfigError(
+                f"{at}switch_step is {self.switch_step}, but the distance rule does not use it; "
+                f"set {at}rule=fixed, or {at}max_dense_steps instead"
+            )
+
+    def build(self) -> DistanceRule | FixedStepRule:
+        """Return a new rule."""
+        return DistanceRule(self.threshold_percent) if self.rule == "distance" else FixedStepRule()
+
+    def is_check(self, step: int) -> bool:
+        """Return whether the maps of the ``step``-th step (from 1) are looked at."""
+        if self.rule == "fixed":
+            return step == self.switch_step
+        return step % self.check_every == 0 or self.is_forced(step)
+
+    def is_forced(self, step: int) -> bool:
+        """Return whether the switch comes after this step whatever the rule says."""
+        return self.max_dense_steps is not None and step >= self.max_dense_steps
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its one-cycle learning rate.
+
+    Attributes:
+        lr: peak learning rate.
+        warmup_steps: steps of the rise.
+        betas, eps, weight_decay: AdamW's.
+        clip_value: bound of every gradient element, null for none.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip_value: float | None = 1.0
+
+    def validate(self, steps: int) -> None:
+        """Raise ConfigError unless every value is in range for a run of ``steps`` steps."""
+        at = "optimizer."
+        require(self.lr > 0.0, f"{at}lr", self.lr, "above 0")
+        require(
+            0 <= self.warmup_steps < steps,
+            f"{at}warmup_steps",
+            self.warmup_steps,
+            f"0 to {steps - 1} (fewer than training.steps)",
+        )
+        require(all(0.0 <= b < 1.0 for b in self.betas), f"{at}betas", self.betas, "0 up to 1")
+        require(self.eps > 0.0, f"{at}eps", self.eps, "above 0")
+        require(self.weight_decay >= 0.0, f"{at}weight_decay", self.weight_decay, "from 0 up")
+        clip = self.clip_value
+        require(clip is None or clip > 0.0, f"{at}clip_value", clip, "above 0, or null")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch_size: samples of a step, over all ranks.
+        micro_batch_size: samples a rank takes at once; null takes its whole share.
+        precision: ``"fp32"``, ``"bf16"`` or (GPU only) ``"fp16"``.
+        seed: of weights, data order and dropout.
+        log_every: steps between two rows of the log.
+        evaluate_every: steps between two evaluations on the validation split.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: how many of the latest are kept, beside the best.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    precision: str = "fp32"
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def validate(self) -> None:
+        """Raise ConfigError unless every value is in range."""
+        for name in (
+            "steps",
+            "batch_size",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "from 1 up")
+        micro = self.micro_batch_size
+        require(micro is None or micro >= 1, "training.micro_batch_size", micro, "from 1 up")
+        require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2^31 - 1")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(unknown_name("training.precision", self.precision, PRECISIONS))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run, validated.
+
+    Attributes:
+        recipe: the recipe's name, which also names the run.
+        task: the task's name; ``data`` is that task's own configuration.
+        deepspeed: the DeepSpeed configuration as the user gave it, without ``sparse_attention``.
+        resolved: the same with every value filled in, as DeepSpeed gets it.
+        batches: global, micro-batch and accumulation sizes for this number of ranks.
+    """
+
+    recipe: str
+    task: str
+    data: Any
+    model: ModelConfig
+    sparse_attention: SparseAttentionConfig
+    transition: TransitionConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    deepspeed: dict = field(default_factory=dict)
+    resolved: dict = field(default_factory=dict)
+    batches: BatchSizes = field(default_factory=BatchSizes)
+
+    @property
+    def schedule(self) -> OneCycle:
+        """The learning rate; SPION-C and -CF restart it at the switch, F does not."""
+        return OneCycle(
+            self.optimizer.lr,
+            self.optimizer.warmup_steps,
+            self.training.steps,
+            restart_at_switch=self.sparse_attention.variant in ("c", "cf"),
+        )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the run is to switch; a dense run stays dense throughout."""
+        return self.sparse_attention.mode != "dense"
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the configuration as plain nested mappings that ``load`` reads again."""
+        plain = dataclasses.asdict(self)
+        del plain["resolved"], plain["batches"]
+        return json.loads(json.dumps(plain))
+
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "sparse_attention": SparseAttentionConfig,
+    "transition": TransitionConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+}
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = importlib.resources.files("spion_ds.recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.suffix == ".yaml")  # type: ignore[attr-defined]
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return a recipe of the package by its name, or a YAML file by its path.
+
+    Raises:
+        ConfigError: neither is there, or the file is not a YAML mapping.
+    """
+    if name in recipe_names():
+        text = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml").read_text()
+        return {"recipe": name, **_parse_yaml(text, name)}
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"there is no recipe file {name!r}; give its path from here")
+        return {"recipe": path.stem, **_parse_yaml(path.read_text(), name)}
+    raise ConfigError(unknown_name("recipe", name, recipe_names()) + "; or give a .yaml file")
+
+
+def read_deepspeed_json(path: str | None) -> dict[str, Any]:
+    """Return the DeepSpeed configuration at ``path``, {} without one.
+
+    Raises:
+        ConfigError: no such file, or not a JSON object.
+    """
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--ds_config {path!r} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--ds_config {path!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--ds_config {path!r} is not a JSON object")
+    return values
+
+
+def build_run_config(
+    recipe: Mapping[str, Any],
+    deepspeed: Mapping[str, Any] | None,
+    overrides: Sequence[str],
+    *,
+    world_size: int,
+    device_type: str,
+) -> RunConfig:
+    """Return the validated configuration of a run.
+
+    Values come from the recipe, then from the ``sparse_attention`` block of the DeepSpeed
+    configuration, then from the command line.
+
+    Args:
+        recipe: nested mappings, from :func:`read_recipe` or a saved run.
+        deepspeed: the DeepSpeed JSON; None takes the recipe's own ``deepspeed`` section.
+        overrides: ``section.key=value`` texts; values are read as YAML.
+        world_size: ranks that train.
+        device_type: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: anything unknown, out of range or contradictory.
+    """
+    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
+    ds_values = json.loads(json.dumps(deepspeed or values.pop("deepspeed", {})))
+    values.pop("deepspeed", None)
+    block = take_sparse_attention_block(ds_values)
+    if block is not None:
+        values["sparse_attention"] = {**values.get("sparse_attention", {}), **block}
+    for text in overrides:
+        _override(values, text)
+    known = ("recipe", "task", "data", *_SECTIONS)
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown_name("key", key, known))
+    if "task" not in values:
+        raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
+    task = get_task(values["task"])
+    data = read_dataclass(task.config_class, values.get("data") or {}, "data")
+    sections = {
+        name: read_dataclass(cls, values.get(name) or {}, name) for name, cls in _SECTIONS.items()
+    }
+    config = RunConfig(
+        recipe=str(values.get("recipe", "run")), task=task.name, data=data, **sections
+    )
+    return _validated(config, ds_values, world_size, device_type)
+
+
+def _validated(
+    config: RunConfig, deepspeed: dict[str, Any], world_size: int, device_type: str
+) -> RunConfig:
+    config.data.validate()
+    config.model.validate()
+    config.training.validate()
+    config.sparse_attention.validate(config.data.sequence_length)
+    if config.is_sparse:
+        config.transition.validate(config.training.steps)
+    config.optimizer.validate(config.training.steps)
+    require(
+        config.training.batch_size <= config.data.train,
+        "training.batch_size",
+        config.training.batch_size,
+        f"at most the training samples, {config.data.train}",
+    )
+    resolved, batches = resolve_deepspeed_config(
+        deepspeed, config.training, config.optimizer, world_size, device_type
+    )
+    return dataclasses.replace(config, deepspeed=deepspeed, resolved=resolved, batches=batches)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    place, separator, value = text.partition("=")
+    if not separator or not place:
+        raise ConfigError(f"override {text!r} is not section.key=value, e.g. training.steps=100")
+    section, dot, key = place.partition(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of override {text!r} is not YAML") from error
+    if not dot:
+        if section not in ("task", "recipe"):
+            raise ConfigError(unknown_name("key", section, ["task", *_dotted_keys()]))
+        values[section] = parsed
+        return
+    if section not in (*_SECTIONS, "data"):
+        raise ConfigError(unknown_name("key", place, _dotted_keys()))
+    values[section] = {**(values.get(section) or {}), key: parsed}
+
+
+def _dotted_keys() -> list[str]:
+    return [f"{s}.{f.name}" for s, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
+
+
+def _parse_yaml(text: str, name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {name!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name!r} is not a YAML mapping")
+    return values

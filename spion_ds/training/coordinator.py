@@ -1,0 +1,143 @@
+"""The rank-0 coordinator: gathers the maps of a check step, decides, and tells every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spion_ds.attention import AttentionMapAccumulator
+from spion_ds.attention.layout import pack_mask, unpack_mask
+from spion_ds.errors import SpionError
+from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport
+from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.training.ranks import Agreement
+
+_STAY, _SWITCH, _FAILED = 0, 1, 2
+_DIGEST_BYTES = 32
+_MESSAGE_BYTES = 1000
+
+
+class CoordinationError(SpionError, RuntimeError):
+    """Rank 0 could not decide, or a rank received something else than rank 0 sent."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 decided at a check.
+
+    Attributes:
+        masks: one (n, n) bool mask a layer on the CPU, or None to stay dense.
+        digest: sha256 of the packed masks, hexadecimal ("" when staying dense).
+        report: distances and changes; on rank 0 only.
+        maps: (L, L) float32 mean map a layer; on rank 0 only.
+        pooled: (n, n) float64 pooled map a layer; on rank 0 only.
+    """
+
+    masks: list[Tensor] | None
+    digest: str
+    report: TransitionReport | None = None
+    maps: list[Tensor] | None = None
+    pooled: list[Tensor] | None = None
+
+
+class Coordinator:
+    """Turns the attention of a check step into one decision for all ranks.
+
+    Args:
+        rule: when to switch; only rank 0's is used.
+        sparsity_configs: one a layer; they say how a map becomes a pattern.
+        blocks: n, blocks a side.
+        agreement: the control channel.
+    """
+
+    def __init__(
+        self,
+        rule: DistanceRule | FixedStepRule,
+        sparsity_configs: Sequence[SpionSparsityConfig],
+        blocks: int,
+        agreement: Agreement,
+    ) -> None:
+        self.rule, self.blocks, self.agreement = rule, blocks, agreement
+        self.sparsity_configs = list(sparsity_configs)
+
+    def check(self, observed: Sequence[AttentionMapAccumulator], *, force: bool) -> Decision:
+        """Return the decision; call it on every rank in the same step.
+
+        Args:
+            observed: one accumulator a layer with this rank's share of the global batch.
+            force: switch even if the rule does not fire.
+
+        Raises:
+            CoordinationError: on all ranks alike.
+        """
+        maps = [_mean_map(layer) for layer in observed]
+        report, masks, failure = None, None, ""
+        pooled: list[Tensor] | None = None
+        if dist.get_rank() == 0:
+            try:
+                report = self.rule.update(maps)
+                pooled = [
+                    config.pool(attention)
+                    for config, attention in zip(self.sparsity_configs, maps, strict=True)
+                ]
+                if report.fire or force:
+                    masks = [
+                        config.find_pattern(layer).cpu()
+                        for config, layer in zip(self.sparsity_configs, pooled, strict=True)
+                    ]
+            except ValueError as error:
+                failure = str(error)
+        decided, digest = self._broadcast(masks, failure)
+        first = dist.get_rank() == 0
+        return Decision(decided, digest, report, maps if first else None, pooled)
+
+    def _broadcast(
+        self, masks: list[Tensor] | None, failure: str
+    ) -> tuple[list[Tensor] | None, str]:
+        """Send one message of fixed size: status, digest, bits (or the text of a failure)."""
+        layers, n = len(self.sparsity_configs), self.blocks
+        mask_bytes = -(-n * n // 8)
+        body_bytes = max(layers * mask_bytes, _MESSAGE_BYTES)
+        message = torch.zeros(1 + _DIGEST_BYTES + body_bytes, dtype=torch.uint8)
+        if failure:
+            _fill(message, _FAILED, failure.encode()[:_MESSAGE_BYTES])
+        elif masks is not None:
+            _fill(message, _SWITCH, b"".join(pack_mask(mask) for mask in masks))
+        self.agreement.broadcast(message)
+        status = int(message[0])
+        digest = bytes(message[1 : 1 + _DIGEST_BYTES].tolist())
+        body = bytes(message[1 + _DIGEST_BYTES :].tolist())
+        if status == _STAY:
+            return None, ""
+        if hashlib.sha256(body).digest() != digest:
+            raise CoordinationError(
+                "the masks that this rank received differ from those that rank 0 sent; the "
+                "network or memory is faulty, so the run stops: resume it from its last checkpoint"
+            )
+        if status == _FAILED:
+            text = body.rstrip(b"\0").decode(errors="replace")
+            raise CoordinationError(f"rank 0 could not make the patterns: {text}")
+        parts = [body[i * mask_bytes : (i + 1) * mask_bytes] for i in range(layers)]
+        return [unpack_mask(part, (n, n)) for part in parts], digest.hex()
+
+
+def _mean_map(layer: AttentionMapAccumulator) -> Tensor:
+    """Return the (L, L) float32 mean over the global batch, right on rank 0 only."""
+    assert layer.total is not None
+    assert layer.count is not None
+    dist.reduce(layer.total, dst=0)
+    dist.reduce(layer.count, dst=0)
+    return (layer.total / layer.count.clamp(min=1.0)[:, None]).float()
+
+
+def _fill(message: Tensor, status: int, body: bytes) -> None:
+    start = 1 + _DIGEST_BYTES
+    message[start : start + len(body)] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+    digest = hashlib.sha256(bytes(message[start:].tolist())).digest()
+    message[1:start] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    message[0] = status

@@ -1,0 +1,171 @@
+"""Fills a DeepSpeed configuration from the recipe, and refuses what contradicts it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spion_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spion_ds.training.config import OptimizerConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Samples a step: ``total`` = ``micro`` × ``accumulation`` × ranks."""
+
+    total: int = 1
+    micro: int = 1
+    accumulation: int = 1
+
+
+def resolve_deepspeed_config(
+    given: dict[str, Any],
+    training: TrainingConfig,
+    optimizer: OptimizerConfig,
+    world_size: int,
+    device_type: str,
+) -> tuple[dict[str, Any], BatchSizes]:
+    """Return the configuration as DeepSpeed gets it, and the batch sizes.
+
+    A value that is ``"auto"`` or absent is filled from the recipe; one that differs from the
+    recipe's is an error, so that there is one truth.
+
+    Raises:
+        ConfigError: a contradiction, an ``"auto"`` at a place that the recipe says nothing about,
+            a ZeRO stage or precision that cannot run, or batch sizes that do not divide.
+    """
+    config = copy.deepcopy(given)
+    _check_supported(config)
+    _fill_precision(config, training.precision, device_type)
+    _fill(config, "train_batch_size", training.batch_size, "training.batch_size")
+    batches = _batch_sizes(config, training, world_size)
+    config["train_micro_batch_size_per_gpu"] = batches.micro
+    config["gradient_accumulation_steps"] = batches.accumulation
+    # DeepSpeed clips by norm, at 1.0 unless told otherwise; the recipe clips by value.
+    if config.get("gradient_clipping", "auto") == "auto":
+        config["gradient_clipping"] = 0.0
+    _fill_optimizer(config, optimizer)
+    config.setdefault("steps_per_print", 10**9)
+    for place in _autos(config):
+        raise ConfigError(
+            f"{place} is 'auto' in the DeepSpeed configuration, and the recipe has no value for "
+            "it; give a number, or remove the key to take DeepSpeed's default"
+        )
+    return config, batches
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration, 0 without one."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _check_supported(config: dict[str, Any]) -> None:
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ConfigError(f"zero_optimization.stage is {stage!r}; allowed: 0, 1, 2 or 3")
+    if "scheduler" in config:
+        raise ConfigError(
+            "the DeepSpeed configuration has a 'scheduler'; remove it: the learning rate comes "
+            "from the recipe (optimizer.lr, optimizer.warmup_steps) and restarts at the switch"
+        )
+
+
+def _fill_precision(config: dict[str, Any], precision: str, device_type: str) -> None:
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        block = config.get(name, {})
+        state = block.get("enabled", "auto") if isinstance(block, dict) else block
+        wanted = precision == name
+        if state not in ("auto", True, False):
+            raise ConfigError(f"{name}.enabled is {state!r}; allowed: true, false or 'auto'")
+        enabled[name] = wanted if state == "auto" else bool(state)
+        if state != "auto" and bool(state) != wanted:
+            raise ConfigError(
+                f"{name}.enabled is {str(state).lower()} in the DeepSpeed configuration and "
+                f"training.precision is {precision}; make them agree, or set the JSON's to 'auto'"
+            )
+        if isinstance(block, dict) and (block or enabled[name]):
+            config[name] = {**block, "enabled": enabled[name]}
+    if all(enabled.values()):
+        raise ConfigError("bf16 and fp16 are both enabled; allowed: one of them")
+    if enabled["fp16"] and device_type == "cpu":
+        raise ConfigError(
+            "fp16 is asked for on a CPU, where DeepSpeed has none; set training.precision (or the "
+            "JSON) to fp32 or bf16, or run on a GPU"
+        )
+
+
+def _batch_sizes(config: dict[str, Any], training: TrainingConfig, world_size: int) -> BatchSizes:
+    total = training.batch_size
+    micro = _number(config, "train_micro_batch_size_per_gpu")
+    if micro is None:
+        micro = training.micro_batch_size
+    elif training.micro_batch_size not in (None, micro):
+        raise ConfigError(
+            f"train_micro_batch_size_per_gpu is {micro} in the DeepSpeed configuration and "
+            f"training.micro_batch_size is {training.micro_batch_size}; make them agree, or set "
+            "the JSON's to 'auto'"
+        )
+    accumulation = _number(config, "gradient_accumulation_steps")
+    if micro is not None and accumulation is None:
+        accumulation = max(1, total // (micro * world_size))
+    if accumulation is None:
+        accumulation = 1
+    if micro is None:
+        micro = max(1, total // (accumulation * world_size))
+    if micro * accumulation * world_size != total:
+        fits = max(1, total // (accumulation * world_size)) * accumulation * world_size
+        raise ConfigError(
+            f"a batch of {total} does not divide: {world_size} rank(s) × {accumulation} "
+            f"accumulation step(s) × micro-batch {micro} = {micro * accumulation * world_size}; "
+            f"set training.batch_size to a multiple, e.g. {fits}, or change "
+            "training.micro_batch_size, gradient_accumulation_steps or the number of ranks"
+        )
+    return BatchSizes(total, micro, accumulation)
+
+
+def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig) -> None:
+    block = config.setdefault("optimizer", {"type": "AdamW"})
+    if not isinstance(block, dict) or "type" not in block:
+        raise ConfigError("the DeepSpeed configuration's optimizer has no type; e.g. 'AdamW'")
+    params = block.setdefault("params", {})
+    _fill(params, "lr", optimizer.lr, "optimizer.lr")
+    _fill(params, "betas", list(optimizer.betas), "optimizer.betas")
+    _fill(params, "eps", optimizer.eps, "optimizer.eps")
+    _fill(params, "weight_decay", optimizer.weight_decay, "optimizer.weight_decay")
+    offload = config["zero_optimization"].get("offload_optimizer", {})
+    if block["type"] in ("Adam", "AdamW") and offload.get("device", "none") == "none":
+        # PyTorch's AdamW instead of a fused one that would be compiled first.
+        params.setdefault("torch_adam", True)
+
+
+def _fill(block: dict[str, Any], key: str, value: Any, recipe_key: str) -> None:
+    given = block.get(key, "auto")
+    if given != "auto" and given != value:
+        raise ConfigError(
+            f"{key} is {given!r} in the DeepSpeed configuration and {recipe_key} is {value!r}; "
+            "make them agree, or set the JSON's to 'auto'"
+        )
+    block[key] = value
+
+
+def _number(config: dict[str, Any], key: str) -> int | None:
+    value = config.get(key, "auto")
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{key} is {value!r}; allowed: a whole number from 1 up, or 'auto'")
+    return value
+
+
+def _autos(value: Any, place: str = "") -> Iterator[str]:
+    if value == "auto":
+        yield place
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _autos(inner, f"{place}.{key}" if place else str(key))

@@ -1,0 +1,39 @@
+"""Attention maps and block masks as pictures for TensorBoard."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SIDE = 384
+# Dark blue over teal to light yellow: lightness rises evenly, so it also reads in grey.
+_RAMP = np.array(
+    [[13, 8, 60], [40, 62, 132], [32, 128, 141], [108, 196, 110], [250, 240, 160]], dtype=np.float64
+)
+
+
+def map_picture(attention: Tensor) -> np.ndarray:
+    """Return a map (L, L) as (side, side, 3) uint8; the square root makes weak entries visible."""
+    values = attention.detach().float().cpu()[None, None]
+    side = min(_SIDE, values.shape[-1])
+    values = F.adaptive_avg_pool2d(values, side)[0, 0].sqrt()
+    return _enlarge(_colour((values / values.max().clamp(min=1e-12)).numpy()))
+
+
+def mask_picture(mask: Tensor) -> np.ndarray:
+    """Return a block mask (n, n) as (side, side, 3) uint8; kept blocks are light."""
+    return _enlarge(_colour(mask.detach().to(torch.float64).cpu().numpy()))
+
+
+def _colour(values: np.ndarray) -> np.ndarray:
+    """Return values of 0 to 1 as RGB, uint8."""
+    place = np.clip(values, 0.0, 1.0) * (len(_RAMP) - 1)
+    channels = [np.interp(place, np.arange(len(_RAMP)), _RAMP[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def _enlarge(picture: np.ndarray) -> np.ndarray:
+    factor = max(1, _SIDE // picture.shape[0])
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,0 +1,216 @@
+"""Who this process is among its ranks, under any launcher, and how ranks agree."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from spion_ds.errors import ConfigError, SpionError
+
+T = TypeVar("T")
+
+# Long enough for one rank to generate the data of a task while the others wait.
+_TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: processes in all.
+        local_rank: 0 to local_world_size - 1 on this node.
+        local_world_size: processes on this node.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which decides, logs and saves."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this rank's local number, or the CPU where there is no GPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+def discover_ranks() -> Ranks:
+    """Return this process's place, read from the launcher's environment.
+
+    torchrun and the deepspeed launcher set RANK and WORLD_SIZE; Open MPI's and MPICH's mpirun
+    set their own variables; without any, the process is alone.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
+        return Ranks(int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), local_world)
+    for size, rank, local_size, local_rank in (
+        (
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+        ),
+        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    ):
+        if size in env:
+            world, number = int(env[size]), int(env[rank])
+            local_world = int(env.get(local_size, world))
+            return Ranks(number, world, int(env.get(local_rank, number)), local_world)
+    return Ranks(0, 1, 0, 1)
+
+
+def join(ranks: Ranks) -> None:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) that DeepSpeed then uses.
+
+    Raises:
+        ConfigError: more ranks on this node than GPUs, or mpirun without mpi4py.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus and ranks.local_world_size > gpus:
+        raise ConfigError(
+            f"{ranks.local_world_size} ranks were started on a node with {gpus} GPUs, and ranks "
+            f"cannot share one; start {gpus} (or hide the GPUs with CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU)"
+        )
+    _set_rendezvous(ranks)
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks.local_world_size))
+    deepspeed = import_deepspeed()
+    if gpus:
+        torch.cuda.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if gpus else "gloo",
+        auto_mpi_discovery=False,
+        timeout=_TIMEOUT,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        verbose=False,
+    )
+
+
+def import_deepspeed() -> Any:
+    """Return the deepspeed module, quiet, and without its CPU collectives.
+
+    On a CPU DeepSpeed would compile shared-memory collectives (ninja and a compiler, half a
+    minute) before training starts; gloo serves as well.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def leave() -> None:
+    """End the process group; safe to call when there is none."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+class Agreement:
+    """The control channel: small objects between ranks, on the CPU whatever the device."""
+
+    def __init__(self) -> None:
+        gloo = dist.get_backend() == "gloo"
+        self.group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return on every rank what ``make`` returns on rank 0; its error is raised everywhere."""
+        box: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                box[0] = make()
+            except SpionError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank; if it fails on one, the same error is raised on all."""
+        result, error = None, None
+        try:
+            result = work()
+        except SpionError as raised:
+            error = raised
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self.group)
+        for raised in errors:
+            if raised is not None:
+                raise raised
+        return result  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on any rank."""
+        box = torch.tensor([int(flag)])
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(box.item())
+
+    def broadcast(self, payload: torch.Tensor) -> torch.Tensor:
+        """Broadcast a CPU tensor from rank 0, in place, and return it."""
+        dist.broadcast(payload, src=0, group=self.group)
+        return payload
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self.group)
+
+
+def _set_rendezvous(ranks: Ranks) -> None:
+    """Fill in what the launcher left out of the environment: ranks, address and port."""
+    env = os.environ
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        address = ("127.0.0.1", _free_port()) if ranks.world_size == 1 else _agree_through_mpi()
+        env.setdefault("MASTER_ADDR", address[0])
+        env.setdefault("MASTER_PORT", str(address[1]))
+    env.setdefault("RANK", str(ranks.rank))
+    env.setdefault("WORLD_SIZE", str(ranks.world_size))
+    env.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    env.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
+
+
+def _agree_through_mpi() -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(
+            "mpirun started this run, but mpi4py is not installed, so the ranks cannot find each "
+            "other; install mpi4py, or set MASTER_ADDR and MASTER_PORT (mpirun -x)"
+        ) from error
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_node = local.Get_size() == world.Get_size()
+    host = "127.0.0.1" if one_node else socket.gethostbyname(socket.gethostname())
+    return world.bcast((host, _free_port()) if world.Get_rank() == 0 else None, root=0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

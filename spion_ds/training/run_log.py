@@ -1,0 +1,172 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, progress bar, summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spion_ds.training.pictures import map_picture, mask_picture
+
+
+class RunLog:
+    """Writes on rank 0; on other ranks every call does nothing.
+
+    Args:
+        folder: the run's folder, None on other ranks.
+        steps: steps of the whole run.
+        start: steps already taken.
+    """
+
+    def __init__(self, folder: Path | None, steps: int, start: int) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        _drop_rows_after(folder / "metrics.jsonl", start)
+        self._rows = (folder / "metrics.jsonl").open("a")
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        slow = not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", mininterval=10.0 if slow else 0.2, ncols=100
+        )
+
+    def row(self, step: int, kind: str, **values: Any) -> None:
+        """Append a row to metrics.jsonl and its numbers to TensorBoard as ``kind/name``."""
+        if self.folder is None:
+            return
+        self._rows.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._rows.flush()
+        for name, value in values.items():
+            if isinstance(value, list):
+                for layer, number in enumerate(value):
+                    if number is not None:
+                        self._writer.add_scalar(f"{kind}/{name}_layer{layer}", number, step)
+            elif isinstance(value, int | float):
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, **shown: str) -> None:
+        """Move the bar to ``step``; ``shown`` stands behind it."""
+        if self.folder is not None:
+            self._bar.set_postfix(refresh=False, **shown)
+            self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.folder is not None:
+            tqdm.write(text, file=sys.stderr)
+
+    def pictures(self, step: int, maps: list[Tensor] | None, masks: list[Tensor] | None) -> None:
+        """Add each layer's map and mask to TensorBoard."""
+        if self.folder is None:
+            return
+        for layer, attention in enumerate(maps or []):
+            picture = map_picture(attention)
+            self._writer.add_image(f"map/layer{layer}", picture, step, dataformats="HWC")
+        for layer, mask in enumerate(masks or []):
+            picture = mask_picture(mask)
+            self._writer.add_image(f"mask/layer{layer}", picture, step, dataformats="HWC")
+
+    def text(self, name: str, text: str) -> None:
+        """Add a text to TensorBoard."""
+        if self.folder is not None:
+            self._writer.add_text(name, f"```\n{text}\n```", 0)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.folder is not None:
+            self._bar.close()
+            self._writer.close()
+            self._rows.close()
+
+
+class StepTimer:
+    """Times plain training steps; checks, evaluations and saves stay outside.
+
+    A stopwatch: ``start`` and ``stop`` as often as needed, ``take`` the mean since the last take.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._started: float | None = None
+        self._elapsed = 0.0
+        self._steps = 0
+
+    def start(self) -> None:
+        """Start unless it is running."""
+        if self._started is None:
+            self._wait()
+            self._started = time.perf_counter()
+
+    def count(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    def stop(self) -> None:
+        """Stop if it is running."""
+        if self._started is not None:
+            self._wait()
+            self._elapsed += time.perf_counter() - self._started
+            self._started = None
+
+    def take(self) -> float | None:
+        """Stop, and return the seconds a step since the last take, None without a step."""
+        self.stop()
+        seconds = self._elapsed / self._steps if self._steps else None
+        self._elapsed, self._steps = 0.0, 0
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def seconds_per_step(folder: Path) -> dict[str, float | None]:
+    """Return the median step time of each phase of a run, over all its sessions.
+
+    The first row of a phase, which warms up, counts only if there is no other.
+    """
+    rows: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["kind"] == "train" and "step_seconds" in row:
+            rows[row["phase"]].append(row["step_seconds"])
+    return {
+        phase: statistics.median(times[1:] or times) if times else None
+        for phase, times in rows.items()
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: allocated on the GPU, or resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Remove the rows of steps that a resumed run takes again."""
+    if not path.is_file():
+        return
+    rows = [row for row in path.read_text().splitlines() if _step_of(row) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(row + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # a line cut off by a crash

@@ -1,0 +1,266 @@
+"""From command-line options to a finished run: check everything, join the ranks, train, sum up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spion_ds.data import Dataset, get_task
+from spion_ds.errors import CheckpointError, ConfigError, SpionError
+from spion_ds.training.checkpoint import check_resumable, find_checkpoint, load_state
+from spion_ds.training.config import (
+    RunConfig,
+    build_run_config,
+    read_deepspeed_json,
+    read_recipe,
+)
+from spion_ds.training.evaluation import Evaluation, evaluate, load_model
+from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
+from spion_ds.training.run_log import seconds_per_step
+from spion_ds.training.summary import summary_table
+from spion_ds.training.trainer import Trainer
+
+DEFAULT_RECIPE = "listops_small"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What ``launch/train.py`` was asked to do.
+
+    Attributes:
+        recipe: name or path; None takes the resumed run's own, or the default.
+        ds_config: path of a DeepSpeed JSON; None takes the run's own, or ZeRO stage 0.
+        overrides: ``section.key=value`` texts.
+        run_dir: folder that holds the runs.
+        run_name: the run's name; None takes the recipe's.
+        if_taken: ``"suffix"`` (the next free name) or ``"error"`` when the name is taken.
+        data_dir: folder that holds the data caches.
+        resume: run or checkpoint to go on from; "" means run_dir/run_name; None starts a new run.
+        stop_at: step after which to save and stop, None for the last.
+    """
+
+    recipe: str | None = None
+    ds_config: str | None = None
+    overrides: Sequence[str] = ()
+    run_dir: Path = Path("runs")
+    run_name: str | None = None
+    if_taken: str = "suffix"
+    data_dir: Path = Path("data")
+    resume: str | None = None
+    stop_at: int | None = None
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code."""
+    try:
+        command()
+    except SpionError as error:
+        if discover_ranks().is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        leave()
+    return 0
+
+
+def train(options: TrainOptions) -> None:
+    """Train as ``options`` say, on this rank; every launcher calls it once a rank.
+
+    Raises:
+        SpionError: before training starts and before any file is written, for every mistake
+            that can be seen by then.
+    """
+    ranks = discover_ranks()
+    checkpoint = _checkpoint_to_resume(options)
+    config = _configure(options, checkpoint, ranks)
+    get_task(config.task).check_source(config.data)
+
+    join(ranks)
+    agreement = Agreement()
+    dataset = prepare_data(config, options.data_dir, ranks, agreement)
+    folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
+    if ranks.is_first:
+        _introduce(config, folder, ranks, checkpoint)
+    trainer = Trainer(config, dataset, ranks, agreement, folder, checkpoint)
+    try:
+        finished = trainer.train(options.stop_at)
+        if finished:
+            _sum_up(trainer, config, dataset, ranks, folder)
+        elif ranks.is_first:
+            print(f"stopped at step {trainer.state.step}; go on with --resume {folder}")
+    finally:
+        trainer.log.close()
+
+
+def prepare_data(config: RunConfig, data_dir: Path, ranks: Ranks, agreement: Agreement) -> Dataset:
+    """Return the task's data; one rank a node makes what is missing, the others wait."""
+    prepare = get_task(config.task).prepare
+    if ranks.local_rank == 0:
+        dataset = agreement.together(lambda: prepare(config.data, data_dir))
+    else:
+        agreement.together(lambda: None)
+        dataset = prepare(config.data, data_dir, verify=False)
+    return dataset
+
+
+def load_run_config(checkpoint: Path, overrides: Sequence[str], ranks: Ranks) -> RunConfig:
+    """Return the configuration of the run that wrote ``checkpoint``.
+
+    Raises:
+        CheckpointError: the run's config.yaml is missing.
+    """
+    return build_run_config(
+        _saved_recipe(checkpoint),
+        None,
+        overrides,
+        world_size=ranks.world_size,
+        device_type=ranks.device.type,
+    )
+
+
+def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> RunConfig:
+    if options.if_taken not in ("suffix", "error"):
+        raise ConfigError(f"--if_taken is {options.if_taken!r}; allowed: suffix or error")
+    if checkpoint is None or options.recipe is not None:
+        recipe = read_recipe(options.recipe or DEFAULT_RECIPE)
+    else:
+        recipe = _saved_recipe(checkpoint)
+    deepspeed = read_deepspeed_json(options.ds_config) if options.ds_config else None
+    config = build_run_config(
+        recipe,
+        deepspeed,
+        options.overrides,
+        world_size=ranks.world_size,
+        device_type=ranks.device.type,
+    )
+    if checkpoint is not None:
+        state, run = load_state(checkpoint)
+        check_resumable(checkpoint, run, config, ranks)
+        if state.step >= config.training.steps:
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} is at step {state.step} and training.steps is "
+                f"{config.training.steps}: nothing is left to do; evaluate it with "
+                "launch/evaluate.py, or raise training.steps"
+            )
+    if options.stop_at is not None and options.stop_at < 1:
+        raise ConfigError(f"--stop_at is {options.stop_at}; allowed: a step from 1 up")
+    return config
+
+
+def _checkpoint_to_resume(options: TrainOptions) -> Path | None:
+    if options.resume is None:
+        return None
+    if options.resume:
+        return find_checkpoint(Path(options.resume))
+    name = options.run_name or Path(options.recipe or DEFAULT_RECIPE).stem
+    return find_checkpoint(options.run_dir / name)
+
+
+def _saved_recipe(checkpoint: Path) -> dict[str, Any]:
+    saved = checkpoint.parent.parent / "config.yaml"
+    try:
+        return yaml.safe_load(saved.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{saved} is missing, so the run's configuration is unknown; name it with --recipe"
+        ) from error
+
+
+def _run_folder(options: TrainOptions, config: RunConfig, checkpoint: Path | None) -> Path:
+    """Return the run's folder: the resumed run's, or a new one that no run had."""
+    if checkpoint is not None:
+        return checkpoint.parent.parent
+    name = options.run_name or config.recipe
+    options.run_dir.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = options.run_dir / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if options.if_taken == "error":
+                raise ConfigError(
+                    f"the run {folder} exists; give another --run_name, go on with --resume, or "
+                    "use --if_taken suffix"
+                ) from None
+            number += 1
+
+
+def _introduce(config: RunConfig, folder: Path, ranks: Ranks, checkpoint: Path | None) -> None:
+    """Print the run configuration and save it with the run."""
+    text = yaml.safe_dump(config.to_mapping(), sort_keys=False)
+    _write(folder / "config.yaml", text)
+    _write(folder / "ds_config.json", json.dumps(config.resolved, indent=2) + "\n")
+    batches = config.batches
+    print(text)
+    print(
+        f"{ranks.world_size} rank(s) on {ranks.device.type}; a step is {batches.total} samples = "
+        f"{ranks.world_size} rank(s) × {batches.accumulation} accumulation step(s) × "
+        f"micro-batch {batches.micro}"
+    )
+    print(f"run folder: {folder}" + (f", resumed from {checkpoint.name}" if checkpoint else ""))
+    sys.stdout.flush()
+
+
+def _sum_up(
+    trainer: Trainer, config: RunConfig, dataset: Dataset, ranks: Ranks, folder: Path
+) -> None:
+    """Test the best checkpoint on all ranks, as a newly loaded model, and print the table."""
+    best = find_checkpoint(folder, "best")
+    model = load_model(best, config, ranks.device)
+    test = evaluate(
+        model, dataset.test, config.batches.micro, ranks, ranks.device, "testing the best"
+    )
+    if not ranks.is_first:
+        return
+    summary = _summary(trainer, config, dataset, test, folder)
+    trainer.log.row(trainer.state.step, "test", accuracy=test.accuracy, loss=test.loss)
+    table = summary_table(summary)
+    trainer.log.text("summary", table)
+    trainer.log.close()
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{table}\n\nrun folder: {folder}\nlook at it: tensorboard --logdir {folder.parent}")
+
+
+def _summary(
+    trainer: Trainer, config: RunConfig, dataset: Dataset, test: Evaluation, folder: Path
+) -> dict[str, Any]:
+    state, tokens = trainer.state, config.batches.total * config.data.sequence_length
+    densities = [float(mask.double().mean()) for mask in state.masks or []]
+    dense_steps = state.step if state.switch_step is None else state.switch_step
+    times = seconds_per_step(folder)
+    rows: dict[str, Any] = {}
+    for phase, steps in (("dense", dense_steps), ("sparse", state.step - dense_steps)):
+        seconds = times[phase]
+        rows[phase] = {
+            "steps": steps,
+            "seconds_per_step": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "density": [1.0] * config.model.layers if phase == "dense" else densities,
+        }
+    dense, sparse = rows["dense"]["seconds_per_step"], rows["sparse"]["seconds_per_step"]
+    return {
+        **rows,
+        "speed_up": dense / sparse if dense and sparse else None,
+        "phase": state.phase,
+        "best_step": state.best_step,
+        "validation_accuracy": state.best_accuracy,
+        "test_accuracy": test.accuracy,
+        "baselines": get_task(config.task).baselines(dataset.train, dataset.test),
+        "batches": dataclasses.asdict(config.batches),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

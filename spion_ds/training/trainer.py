@@ -1,0 +1,300 @@
+"""The training loop: dense steps, checks, the switch, sparse steps; on any number of ranks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from spion_ds.attention import AttentionMapAccumulator
+from spion_ds.attention.dropout import sample_keys
+from spion_ds.data import Dataset
+from spion_ds.errors import SpionError
+from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
+from spion_ds.training.checkpoint import (
+    TrainingState,
+    load_state,
+    prune_checkpoints,
+    save_checkpoint,
+    write_pointer,
+)
+from spion_ds.training.config import RunConfig
+from spion_ds.training.coordinator import Coordinator
+from spion_ds.training.evaluation import build_model, evaluate, set_masks
+from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
+from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
+
+
+class TrainingError(SpionError, RuntimeError):
+    """Training cannot go on: the loss is not finite."""
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: the validated run configuration.
+        dataset: the task's data.
+        ranks: this process among all.
+        agreement: the control channel between ranks.
+        folder: the run's folder.
+        resume: checkpoint to go on from, None for a new run.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        ranks: Ranks,
+        agreement: Agreement,
+        folder: Path,
+        resume: Path | None,
+    ) -> None:
+        self.config, self.dataset, self.ranks, self.agreement = config, dataset, ranks, agreement
+        self.checkpoints = folder / "checkpoints"
+        self.device = ranks.device
+        self.model = build_model(config)
+        # DeepSpeed moves the model to its device and wraps optimizer and gradients.
+        self.engine, *_ = import_deepspeed().initialize(
+            model=self.model,
+            model_parameters=list(self.model.parameters()),
+            config=config.resolved,
+        )
+        _clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
+
+        self.state = TrainingState(seed=config.training.seed)
+        self.rule = config.transition.build()
+        if resume is not None:
+            self._resume(resume)
+        configs = [attention.sparsity_config for attention in self.model.attentions]
+        self.coordinator = Coordinator(
+            self.rule,
+            [c for c in configs if isinstance(c, SpionSparsityConfig)],
+            -(-config.data.sequence_length // config.sparse_attention.block),
+            agreement,
+        )
+        self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
+        self.timer = StepTimer(self.device)
+        self.log = RunLog(
+            folder if ranks.is_first else None, config.training.steps, self.state.step
+        )
+        # Loss sum, correct predictions, samples: since the last row of the log, on this rank.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._rate = 0.0
+        self._signalled = False  # on this rank
+        self._stopping = False  # agreed by all ranks
+
+    def train(self, stop_at: int | None = None) -> bool:
+        """Train to the last step, or to ``stop_at`` or a signal; return whether it is finished."""
+        training, state = self.config.training, self.state
+        last = training.steps if stop_at is None else min(stop_at, training.steps)
+        with self._signals_noted():
+            self.engine.train()
+            while state.step < last and not self._stopping:
+                phase = self._step()
+                ends = state.step == last
+                evaluates = (
+                    state.step % training.evaluate_every == 0 or state.step == training.steps
+                )
+                switched = phase != state.phase
+                if state.step % training.log_every == 0 or evaluates or switched or ends:
+                    self._log_row(phase)
+                    self._agree_on_stopping()
+                best = evaluates and self._evaluate()
+                due = state.step % training.checkpoint_every == 0
+                if best or due or ends or self._stopping:
+                    self._save(best)
+        return state.step == training.steps
+
+    def _step(self) -> str:
+        """Take one optimizer step and return its phase; on a check step, decide the switch."""
+        config, state = self.config, self.state
+        phase, number = state.phase, state.step + 1
+        checking = config.is_sparse and phase == "dense" and config.transition.is_check(number)
+        observed: list[AttentionMapAccumulator] = []
+        if checking:
+            self.timer.stop()
+            observed = [AttentionMapAccumulator() for _ in self.model.attentions]
+        else:
+            self.timer.start()
+        self._rate = config.schedule.at(state.step, state.switch_step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self._rate
+        samples = self.order.samples(state.step)
+        for micro_step in range(config.batches.accumulation):
+            positions = micro_batch_positions(
+                micro_step, config.batches.micro, self.ranks.rank, self.ranks.world_size
+            )
+            batch = read_batch(self.dataset.train, samples[positions], self.device)
+            keys = sample_keys(
+                state.seed, state.step, torch.from_numpy(positions), self.model.dropout_places
+            )
+            for attention, accumulator in zip(self.model.attentions, observed, strict=False):
+                attention.observer = accumulator
+            logits = self.engine(
+                batch.input_ids, batch.padding_mask, keys.to(self.device, non_blocking=True)
+            ).float()
+            loss = F.cross_entropy(logits, batch.labels)
+            self.engine.backward(loss)
+            self.engine.step()
+            self._count(loss.detach(), logits.detach(), batch.labels)
+        state.step = number
+        state.samples_seen += config.batches.total
+        if checking:
+            self._check(observed)
+        else:
+            self.timer.count()
+        return phase
+
+    def _check(self, observed: list[AttentionMapAccumulator]) -> None:
+        state, started = self.state, time.perf_counter()
+        force = self.config.transition.is_forced(state.step)
+        decision = self.coordinator.check(observed, force=force)
+        if decision.report is not None:
+            self.log.row(
+                state.step,
+                "check",
+                distance=decision.report.distances,
+                change=decision.report.changes,
+                seconds=time.perf_counter() - started,
+            )
+        if decision.masks is not None:
+            set_masks(self.model, decision.masks)
+            state.masks, state.switch_step = decision.masks, state.step
+            # Sparse checkpoints compete among themselves: a dense one is another model.
+            state.best_step, state.best_accuracy = None, -1.0
+            densities = [float(mask.double().mean()) for mask in decision.masks]
+            self.log.row(
+                state.step, "switch", density=densities, digest=decision.digest, forced=force
+            )
+            shown = ", ".join(f"{density:.1%}" for density in densities)
+            self.log.say(f"step {state.step}: switched to sparse attention; densities {shown}")
+        self.log.pictures(state.step, decision.maps, decision.masks)
+
+    def _log_row(self, phase: str) -> None:
+        """Average what was counted since the last row over all ranks, and write it down."""
+        state = self.state
+        seconds = self.timer.take()
+        dist.all_reduce(self._sums)
+        loss, correct, samples = self._sums.tolist()
+        self._sums.zero_()
+        loss, accuracy = loss / samples, correct / samples
+        if loss != loss or abs(loss) == float("inf"):
+            raise TrainingError(
+                f"the training loss is {loss} at step {state.step} ({phase} phase); lower "
+                "optimizer.lr or train in fp32, and resume from the last checkpoint"
+            )
+        tokens = self.config.batches.total * self.config.data.sequence_length
+        speed = (
+            {}
+            if seconds is None
+            else {
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+        )
+        self.log.row(
+            state.step,
+            "train",
+            loss=loss,
+            accuracy=accuracy,
+            phase=phase,
+            lr=self._rate,
+            memory_bytes=peak_memory_bytes(self.device),
+            **speed,
+        )
+        shown = {"loss": f"{loss:.3f}", "acc": f"{accuracy:.1%}", "phase": phase}
+        if seconds is not None:
+            shown["tok/s"] = f"{tokens / seconds:,.0f}"
+        self.log.progress(state.step, **shown)
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split; return whether it is the best of this phase."""
+        self.timer.stop()
+        self.engine.eval()
+        result = evaluate(
+            self.engine, self.dataset.validation, self.config.batches.micro, self.ranks, self.device
+        )
+        self.engine.train()
+        state = self.state
+        self.log.row(
+            state.step, "validation", accuracy=result.accuracy, loss=result.loss, phase=state.phase
+        )
+        self.log.say(
+            f"step {state.step}: validation accuracy {result.accuracy:.2%}, loss {result.loss:.4f}"
+        )
+        best = result.accuracy > state.best_accuracy
+        if best:
+            state.best_step, state.best_accuracy = state.step, result.accuracy
+        return best
+
+    def _save(self, best: bool) -> None:
+        self.timer.stop()
+        self.state.rule = self.rule.state_dict()
+        place = save_checkpoint(
+            self.engine, self.checkpoints, self.state, self.config, self.ranks, self.agreement
+        )
+        if self.ranks.is_first:
+            if best:
+                write_pointer(self.checkpoints, "best", place.name)
+            prune_checkpoints(self.checkpoints, self.config.training.keep_checkpoints)
+
+    def _resume(self, folder: Path) -> None:
+        self.state, _ = load_state(folder)
+        if self.state.masks is None:
+            self.rule.load_state_dict(self.state.rule)
+        set_masks(self.model, self.state.masks)
+        # DeepSpeed's optimizer files are pickles; they were written by this run.
+        self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        size = len(labels)
+        self._sums[0] += loss * size
+        self._sums[1] += (logits.argmax(dim=-1) == labels).sum()
+        self._sums[2] += size
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Let SIGTERM, SIGUSR1 and Ctrl-C end the run after a step, with a checkpoint."""
+
+        def note(*_: Any) -> None:
+            self._signalled = True
+
+        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = {number: signal.signal(number, note) for number in wanted}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _agree_on_stopping(self) -> None:
+        self._stopping = self.agreement.any(self._signalled)
+        if self._stopping:
+            self.log.say(f"step {self.state.step}: asked to stop; saving a checkpoint")
+
+
+def _clip_by_value(optimizer: torch.optim.Optimizer, bound: float | None) -> None:
+    """Clip every gradient element just before the optimizer uses it.
+
+    Elementwise, so it is as right on ZeRO's flat partitions as on whole gradients.
+    """
+    if bound is None:
+        return
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-bound, bound)
+
+    optimizer.register_step_pre_hook(clip)

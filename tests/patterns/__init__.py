@@ -1,0 +1,1 @@
+"""Tests of spion_ds.patterns."""
