@@ -87,9 +87,15 @@ class BlockLayout:
         """Return the layout on ``device`` (itself, if it is there already)."""
         if self.device == torch.device(device):
             return self
-        tensors = (self.row_ptr, self.col_idx, self.col_ptr, self.row_idx)
-        moved = (tensor.to(device) for tensor in tensors)
-        return BlockLayout(self.block, self.num_rows, self.num_cols, *moved)
+        return BlockLayout(
+            self.block,
+            self.num_rows,
+            self.num_cols,
+            self.row_ptr.to(device),
+            self.col_idx.to(device),
+            self.col_ptr.to(device),
+            self.row_idx.to(device),
+        )
 
     def to_mask(self) -> Tensor:
         """Return the kept blocks as bool (n, m), or (heads, n, m) for one layout a head."""

@@ -42,16 +42,71 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """What forward and backward share, for one layout and the heads that use it."""
+class _Settings:
+    """What every piece of one call shares."""
 
     block: int
     scale: float
     causal: bool
     pruned: str
     dropout_p: float
-    valid_BN: Tensor | None  # keys that are real tokens; None: all are
-    row_keys_BHN: Tensor | None  # dropout key of every query row
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The tensors of a call, or views of a part of its heads or batch; written in place."""
+
+    q: Tensor  # (B, H, N, D)
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor  # (B, H, N) log-sum-exp of each query row, +inf for a row that keeps nothing
+    valid: Tensor | None  # (B, N) keys that are real tokens; None: all are
+    row_keys: Tensor | None  # (B, H, N) int32 dropout key of each query row; None: no dropout
+    backward: _Backward | None = None
+
+    def heads(self, part: slice) -> _Operands:
+        """Return views of some heads."""
+        return replace(
+            self,
+            q=self.q[:, part],
+            k=self.k[:, part],
+            v=self.v[:, part],
+            out=self.out[:, part],
+            lse=self.lse[:, part],
+            row_keys=None if self.row_keys is None else self.row_keys[:, part],
+            backward=None if self.backward is None else self.backward.part(slice(None), part),
+        )
+
+    def batch(self, part: slice) -> _Operands:
+        """Return views of some samples."""
+        return replace(
+            self,
+            q=self.q[part],
+            k=self.k[part],
+            v=self.v[part],
+            out=self.out[part],
+            lse=self.lse[part],
+            valid=None if self.valid is None else self.valid[part],
+            row_keys=None if self.row_keys is None else self.row_keys[part],
+            backward=None if self.backward is None else self.backward.part(part, slice(None)),
+        )
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The further tensors of the backward pass."""
+
+    grad_out: Tensor  # (B, H, N, D)
+    delta: Tensor  # (B, H, N) sum of out · grad_out over D
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    def part(self, samples: slice, heads: slice) -> _Backward:
+        """Return views of some samples and heads."""
+        tensors = (self.grad_out, self.delta, self.dq, self.dk, self.dv)
+        return _Backward(*(tensor[samples, heads] for tensor in tensors))
 
 
 def block_sparse_attention_torch(
@@ -74,15 +129,16 @@ def block_sparse_attention_torch(
     length, key_length = q.shape[2], k.shape[2]
     query_pad = layout.num_rows * layout.block - length
     key_pad = layout.num_cols * layout.block - key_length
-    if key_pad and key_padding_mask is None:
-        key_padding_mask = torch.ones((k.shape[0], key_length), dtype=torch.bool, device=k.device)
+    valid = key_padding_mask
     if key_pad:
+        if valid is None:
+            valid = torch.ones((k.shape[0], key_length), dtype=torch.bool, device=k.device)
         k, v = F.pad(k, (0, 0, 0, key_pad)), F.pad(v, (0, 0, 0, key_pad))
-        key_padding_mask = F.pad(key_padding_mask, (0, key_pad))
+        valid = F.pad(valid, (0, key_pad))
     if query_pad:
         q = F.pad(q, (0, 0, 0, query_pad))
-    problem = _Problem(layout.block, scale, causal, pruned, dropout_p, key_padding_mask, None)
-    out = _BlockSparseAttention.apply(q, k, v, layout, problem, dropout_key)
+    settings = _Settings(layout.block, scale, causal, pruned, dropout_p)
+    out = _BlockSparseAttention.apply(q, k, v, layout, settings, valid, dropout_key)
     return out[:, :, :length]
 
 
@@ -94,166 +150,143 @@ class _BlockSparseAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         layout: BlockLayout,
-        problem: _Problem,
+        settings: _Settings,
+        valid: Tensor | None,
         dropout_key: Tensor | None,
     ) -> Tensor:
         # Gathering whole blocks wants each head's tokens side by side.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_zeros(q.shape[:3], dtype=_accumulator(q.dtype))
-        for heads, shared in _per_layout(layout, q.shape[1]):
-            part = _with_row_keys(problem, dropout_key, q, heads)
-            args = (q[:, heads], k[:, heads], v[:, heads], out[:, heads], lse[:, heads])
-            for group, batch in _pieces(layout, shared, "rows", args[0]):
-                _forward_piece(*(x[batch] for x in args), group, _slice(part, batch))
-        ctx.layout, ctx.problem = layout, problem
-        ctx.save_for_backward(q, k, v, out, lse, dropout_key)
+        out = torch.zeros_like(q)
+        full = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = torch.full(q.shape[:3], float("inf"), dtype=full, device=q.device)
+        x = _Operands(q, k, v, out, lse, valid, _row_keys(settings, dropout_key, q))
+        for heads, index in _per_layout(layout, q.shape[1]):
+            for group, samples in _pieces(layout, index, "rows", q[:, heads]):
+                _forward_piece(x.heads(heads).batch(samples), group, settings)
+        ctx.layout, ctx.settings = layout, settings
+        ctx.save_for_backward(q, k, v, out, lse, valid, dropout_key)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, dropout_key = ctx.saved_tensors
-        layout, problem = ctx.layout, ctx.problem
-        grad_out = grad_out.contiguous()
-        delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)  # (B, H, N)
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for heads, shared in _per_layout(layout, q.shape[1]):
-            part = _with_row_keys(problem, dropout_key, q, heads)
-            args = tuple(x[:, heads] for x in (q, k, v, grad_out, lse, delta))
-            dq_h, dk_h, dv_h = dq[:, heads], dk[:, heads], dv[:, heads]
-            for group, batch in _pieces(layout, shared, "rows", args[0]):
-                _dq_piece(*(x[batch] for x in args), dq_h[batch], group, _slice(part, batch))
-            for group, batch in _pieces(layout, shared, "columns", args[0]):
-                _dkv_piece(
-                    *(x[batch] for x in args), dk_h[batch], dv_h[batch], group, _slice(part, batch)
-                )
-        return dq, dk, dv, None, None, None
+        q, k, v, out, lse, valid, dropout_key = ctx.saved_tensors
+        layout, settings = ctx.layout, ctx.settings
+        delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        more = _Backward(grad_out.contiguous(), delta, dq, dk, dv)
+        x = _Operands(q, k, v, out, lse, valid, _row_keys(settings, dropout_key, q), more)
+        for heads, index in _per_layout(layout, q.shape[1]):
+            for group, samples in _pieces(layout, index, "rows", q[:, heads]):
+                _dq_piece(x.heads(heads).batch(samples), group, settings)
+            for group, samples in _pieces(layout, index, "columns", q[:, heads]):
+                _dkv_piece(x.heads(heads).batch(samples), group, settings)
+        return dq, dk, dv, None, None, None, None
 
 
-def _forward_piece(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, group: _Group, problem: _Problem
-) -> None:
+def _forward_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
     """Write the output and log-sum-exp of a group's query blocks."""
-    b = problem.block
-    q_BHGbD = _take(q, group.members, b)
-    k_BHGTD, v_BHGTD = _gather(k, group, b), _gather(v, group, b)
-    scores = _product(q_BHGbD, k_BHGTD.transpose(-2, -1)).mul_(problem.scale)  # (B, H, G, b, T)
-    allowed = _allowed(group, problem, rows_are_members=True)
+    b = settings.block
+    q_BHGbD = _take(x.q, group.members, b)
+    k_BHGTD, v_BHGTD = _gather(x.k, group, b), _gather(x.v, group, b)
+    scores = _product(q_BHGbD, k_BHGTD.transpose(-2, -1)).mul_(settings.scale)  # (B, H, G, b, T)
+    allowed = _allowed(x, group, settings, rows_are_members=True)
     if allowed is not None:
         scores = scores.masked_fill_(~allowed, float("-inf"))
     top = scores.amax(dim=-1, keepdim=True)
-    if problem.pruned == "zero":
+    if settings.pruned == "zero":
         top = top.clamp(min=0.0)
     top = top.masked_fill(top == float("-inf"), 0.0)
     total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
-    kept_anything = total > 0.0
-    if problem.pruned == "zero":
-        total = total + _pruned_count(q, k, group, allowed, problem) * (-top).exp()
+    keeps_any = total > 0.0
+    if settings.pruned == "zero":
+        total = total + _pruned_count(x, group, allowed, settings) * (-top).exp()
     probs = scores.div_(total.masked_fill(total == 0.0, 1.0))
-    if problem.dropout_p > 0.0:
-        probs.mul_(_dropout_factor(group, problem, rows_are_members=True))
-    _put(out, group.members, _product(probs.to(v.dtype), v_BHGTD).to(out.dtype), b)
-    # A row that keeps nothing gets +inf, so that exp(score - lse) is 0 in the backward pass.
-    row_lse = (top + total.log()).masked_fill(~kept_anything, float("inf"))
-    _put(lse[..., None], group.members, row_lse, b)
+    if settings.dropout_p > 0.0:
+        probs = probs.mul_(_dropout_factor(x, group, settings, rows_are_members=True))
+    _put(x.out, group.members, _product(probs.to(x.v.dtype), v_BHGTD), b)
+    # +inf makes exp(score - lse) 0 in the backward pass.
+    row_lse = (top + total.log()).masked_fill(~keeps_any, float("inf"))
+    _put(x.lse[..., None], group.members, row_lse, b)
 
 
-def _dq_piece(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    group: _Group,
-    problem: _Problem,
-) -> None:
+def _dq_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
     """Write the query gradients of a group's query blocks."""
-    b = problem.block
-    q_BHGbD, k_BHGTD = _take(q, group.members, b), _gather(k, group, b)
-    probs = _product(q_BHGbD, k_BHGTD.transpose(-2, -1)).mul_(problem.scale)
-    probs = probs.sub_(_take(lse[..., None], group.members, b)).exp_()  # (B, H, G, b, T)
-    allowed = _allowed(group, problem, rows_are_members=True)
+    assert x.backward is not None
+    b, members = settings.block, group.members
+    k_BHGTD = _gather(x.k, group, b)
+    probs = _product(_take(x.q, members, b), k_BHGTD.transpose(-2, -1)).mul_(settings.scale)
+    probs = probs.sub_(_take(x.lse[..., None], members, b)).exp_()  # (B, H, G, b, T)
+    allowed = _allowed(x, group, settings, rows_are_members=True)
     if allowed is not None:
         probs = probs.masked_fill_(~allowed, 0.0)
-    grad_BHGbD = _take(grad_out, group.members, b)
-    grad_probs = _product(grad_BHGbD, _gather(v, group, b).transpose(-2, -1))
-    if problem.dropout_p > 0.0:
-        grad_probs.mul_(_dropout_factor(group, problem, rows_are_members=True))
-    delta_BHGb1 = _take(delta[..., None], group.members, b)
-    grad_scores = probs.mul_(grad_probs.sub_(delta_BHGb1)).mul_(problem.scale)
-    _put(dq, group.members, _product(grad_scores.to(k.dtype), k_BHGTD).to(dq.dtype), b)
+    grad_BHGbD = _take(x.backward.grad_out, members, b)
+    grad_probs = _product(grad_BHGbD, _gather(x.v, group, b).transpose(-2, -1))
+    if settings.dropout_p > 0.0:
+        grad_probs = grad_probs.mul_(_dropout_factor(x, group, settings, rows_are_members=True))
+    delta_BHGb1 = _take(x.backward.delta[..., None], members, b)
+    grad_scores = grad_probs.sub_(delta_BHGb1).mul_(probs).mul_(settings.scale)
+    _put(x.backward.dq, members, _product(grad_scores.to(x.k.dtype), k_BHGTD), b)
 
 
-def _dkv_piece(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    group: _Group,
-    problem: _Problem,
-) -> None:
+def _dkv_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
     """Write the key and value gradients of a group's key blocks; here members are key blocks."""
-    b = problem.block
-    k_BHGbD, q_BHGTD = _take(k, group.members, b), _gather(q, group, b)
-    probs = _product(k_BHGbD, q_BHGTD.transpose(-2, -1)).mul_(problem.scale)
-    probs = probs.sub_(_gather(lse[..., None], group, b).transpose(-2, -1)).exp_()  # (B,H,G,b,T)
-    allowed = _allowed(group, problem, rows_are_members=False)
+    assert x.backward is not None
+    b, members = settings.block, group.members
+    q_BHGTD = _gather(x.q, group, b)
+    probs = _product(_take(x.k, members, b), q_BHGTD.transpose(-2, -1)).mul_(settings.scale)
+    lse_BHG1T = _gather(x.lse[..., None], group, b).transpose(-2, -1)
+    probs = probs.sub_(lse_BHG1T).exp_()  # (B, H, G, b, T)
+    allowed = _allowed(x, group, settings, rows_are_members=False)
     if allowed is not None:
         probs = probs.masked_fill_(~allowed, 0.0)
-    grad_BHGTD = _gather(grad_out, group, b)
-    grad_probs = _product(_take(v, group.members, b), grad_BHGTD.transpose(-2, -1))
+    grad_BHGTD = _gather(x.backward.grad_out, group, b)
+    grad_probs = _product(_take(x.v, members, b), grad_BHGTD.transpose(-2, -1))
     dropped = probs
-    if problem.dropout_p > 0.0:
-        factor = _dropout_factor(group, problem, rows_are_members=False)
+    if settings.dropout_p > 0.0:
+        factor = _dropout_factor(x, group, settings, rows_are_members=False)
         grad_probs, dropped = grad_probs.mul_(factor), probs * factor
-    _put(dv, group.members, _product(dropped.to(v.dtype), grad_BHGTD).to(dv.dtype), b)
-    delta_BHG1T = _gather(delta[..., None], group, b).transpose(-2, -1)
-    grad_scores = grad_probs.sub_(delta_BHG1T).mul_(probs).mul_(problem.scale)
-    _put(dk, group.members, _product(grad_scores.to(q.dtype), q_BHGTD).to(dk.dtype), b)
+    _put(x.backward.dv, members, _product(dropped.to(x.v.dtype), grad_BHGTD), b)
+    delta_BHG1T = _gather(x.backward.delta[..., None], group, b).transpose(-2, -1)
+    grad_scores = grad_probs.sub_(delta_BHG1T).mul_(probs).mul_(settings.scale)
+    _put(x.backward.dk, members, _product(grad_scores.to(x.q.dtype), q_BHGTD), b)
 
 
 def _pruned_count(
-    q: Tensor, k: Tensor, group: _Group, allowed: Tensor | None, problem: _Problem
+    x: _Operands, group: _Group, allowed: Tensor | None, settings: _Settings
 ) -> Tensor | int:
     """Return how many valid keys each query row does not keep, broadcastable to (B, H, G, b, 1)."""
-    tokens = k.shape[2]
-    kept: Tensor | int
-    kept = group.partners.shape[1] * problem.block
+    queries, tokens = x.q.shape[2], x.k.shape[2]
+    kept: Tensor | int = group.partners.shape[1] * settings.block
     if allowed is not None:
         kept = allowed.sum(dim=-1, keepdim=True)
-    if problem.causal:
-        valid = problem.valid_BN
+    if settings.causal:
+        valid = x.valid
         if valid is None:
-            valid = torch.ones((1, tokens), dtype=torch.bool, device=q.device)
-        seen = valid.cumsum(dim=1)[:, None, : q.shape[2], None]
-        if q.shape[2] > tokens:
-            seen = F.pad(seen, (0, 0, 0, q.shape[2] - tokens), mode="replicate")
-        return _take(seen, group.members, problem.block) - kept
-    if problem.valid_BN is not None:
-        return problem.valid_BN.sum(dim=1)[:, None, None, None, None] - kept
+            valid = torch.ones((1, tokens), dtype=torch.bool, device=x.q.device)
+        row = torch.arange(queries, device=x.q.device).clamp(max=tokens - 1)
+        seen = valid.cumsum(dim=1)[:, None, row, None]  # keys up to the query, (B, 1, N, 1)
+        return _take(seen, group.members, settings.block) - kept
+    if x.valid is not None:
+        return x.valid.sum(dim=1)[:, None, None, None, None] - kept
     return tokens - kept
 
 
-def _allowed(group: _Group, problem: _Problem, *, rows_are_members: bool) -> Tensor | None:
+def _allowed(
+    x: _Operands, group: _Group, settings: _Settings, *, rows_are_members: bool
+) -> Tensor | None:
     """Return which entries of a piece exist, broadcastable to (B, H, G, b, T), None for all."""
-    masks = []
+    block, masks = settings.block, []
     if group.filled is not None:
-        masks.append(group.filled.repeat_interleave(problem.block, dim=1)[None, None, :, None, :])
-    if problem.valid_BN is not None:
-        valid = problem.valid_BN[:, None, :, None]  # (B, 1, N, 1)
+        masks.append(group.filled.repeat_interleave(block, dim=1)[None, None, :, None, :])
+    if x.valid is not None:
+        valid = x.valid[:, None, :, None]  # (B, 1, N, 1)
         if rows_are_members:
-            masks.append(_gather(valid, group, problem.block).transpose(-2, -1))
+            masks.append(_gather(valid, group, block).transpose(-2, -1))
         else:
-            masks.append(_take(valid, group.members, problem.block))
-    if problem.causal:
-        member, partner = _positions(group, problem.block)
+            masks.append(_take(valid, group.members, block))
+    if settings.causal:
+        member, partner = _positions(group, block)
         member, partner = member[:, :, None], partner[:, None, :]
         masks.append((partner <= member) if rows_are_members else (member <= partner))
     if not masks:
@@ -264,19 +297,21 @@ def _allowed(group: _Group, problem: _Problem, *, rows_are_members: bool) -> Ten
     return allowed
 
 
-def _dropout_factor(group: _Group, problem: _Problem, *, rows_are_members: bool) -> Tensor:
+def _dropout_factor(
+    x: _Operands, group: _Group, settings: _Settings, *, rows_are_members: bool
+) -> Tensor:
     """Return 0 for dropped entries and 1 / (1 - p) for kept ones, (B, H, G, b, T)."""
-    assert problem.row_keys_BHN is not None
-    member, partner = _positions(group, problem.block)
-    row_keys = problem.row_keys_BHN[..., None]
+    assert x.row_keys is not None
+    block = settings.block
+    member, partner = _positions(group, block)
     if rows_are_members:
-        rows = _take(row_keys, group.members, problem.block)
+        rows = _take(x.row_keys[..., None], group.members, block)
         columns = partner[:, None, :]
     else:
-        rows = _gather(row_keys, group, problem.block).transpose(-2, -1)
+        rows = _gather(x.row_keys[..., None], group, block).transpose(-2, -1)
         columns = member[:, :, None]
-    keep = keep_mask(rows, columns, problem.dropout_p)
-    return keep.to(torch.float32).mul_(1.0 / (1.0 - problem.dropout_p))
+    keep = keep_mask(rows, columns, settings.dropout_p)
+    return keep.to(x.lse.dtype).mul_(1.0 / (1.0 - settings.dropout_p))
 
 
 def _positions(group: _Group, block: int) -> tuple[Tensor, Tensor]:
@@ -303,8 +338,9 @@ def _gather(x_BHND: Tensor, group: _Group, block: int) -> Tensor:
 
 
 def _put(target_BHND: Tensor, members: Tensor, blocks_BHGbD: Tensor, block: int) -> None:
-    """Write member blocks into their places."""
-    target_BHND.unflatten(2, (-1, block)).index_copy_(2, members, blocks_BHGbD)
+    """Write member blocks into their places, in the target's dtype."""
+    blocks = blocks_BHGbD.to(target_BHND.dtype)
+    target_BHND.unflatten(2, (-1, block)).index_copy_(2, members, blocks)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -318,10 +354,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return flat.unflatten(0, lead)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _per_layout(layout: BlockLayout, heads: int) -> Iterator[tuple[slice, int]]:
     """Yield (heads, layout index) for each layout: all heads at once when they share one."""
     if layout.heads == 1:
@@ -331,24 +363,13 @@ def _per_layout(layout: BlockLayout, heads: int) -> Iterator[tuple[slice, int]]:
             yield slice(head, head + 1), head
 
 
-def _with_row_keys(
-    problem: _Problem, dropout_key: Tensor | None, q: Tensor, heads: slice
-) -> _Problem:
-    if problem.dropout_p == 0.0 or dropout_key is None:
-        return problem
-    head = torch.arange(heads.start, heads.stop, dtype=torch.int32, device=q.device)
+def _row_keys(settings: _Settings, dropout_key: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return the dropout key of every query row, (B, H, N) int32, None without dropout."""
+    if settings.dropout_p == 0.0 or dropout_key is None:
+        return None
+    head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
     row = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
-    keys = combine(combine(dropout_key[:, None], head)[:, :, None], row)
-    return replace(problem, row_keys_BHN=keys)
-
-
-def _slice(problem: _Problem, batch: slice) -> _Problem:
-    valid, keys = problem.valid_BN, problem.row_keys_BHN
-    return replace(
-        problem,
-        valid_BN=None if valid is None else valid[batch],
-        row_keys_BHN=None if keys is None else keys[batch],
-    )
+    return combine(combine(dropout_key[:, None], head)[:, :, None], row)
 
 
 def _pieces(

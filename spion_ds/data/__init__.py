@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spion_ds.data import listops, listops_trees
+from spion_ds.data import listops
 from spion_ds.data.cache import Dataset, Split
 from spion_ds.errors import ConfigError, unknown_name
 
@@ -43,9 +43,9 @@ TASKS: dict[str, Task] = {
     "listops": Task(
         name="listops",
         config_class=listops.ListOpsConfig,
-        vocab_size=listops_trees.VOCAB_SIZE,
-        num_classes=listops_trees.NUM_CLASSES,
-        pad_id=listops_trees.PAD_ID,
+        vocab_size=listops.VOCAB_SIZE,
+        num_classes=listops.NUM_CLASSES,
+        pad_id=listops.PAD_ID,
         prepare=listops.prepare,
         check_source=listops.check_source,
         baselines=listops.trivial_baselines,

@@ -22,14 +22,33 @@ from spion_ds.data.listops_trees import (
     MED_ID,
     MIN_ID,
     NUM_CLASSES,
+    PAD_ID,
     SM_ID,
     UNKNOWN_ID,
     VOCAB_SIZE,
     TreeShape,
     draw_trees,
+    evaluate,
     truncated_value,
 )
 from spion_ds.errors import ConfigError, DataError, near_matches
+
+__all__ = [
+    "NUM_CLASSES",
+    "PAD_ID",
+    "VOCAB_SIZE",
+    "ListOpsConfig",
+    "check_source",
+    "depth_baseline",
+    "evaluate",
+    "fill_splits",
+    "majority_baseline",
+    "parse_official",
+    "prepare",
+    "root_operator_baseline",
+    "trivial_baselines",
+    "truncated_value",
+]
 
 # Part of the cache's name: raise it when the same configuration gives other trees.
 GENERATOR_VERSION = 1
@@ -214,17 +233,11 @@ def check_source(config: ListOpsConfig) -> None:
     """
     if config.source == GENERATE:
         return
-    for path in _official_paths(config.source).values():
-        try:
-            with path.open("rb") as file:
-                _check_header(path, file)
-                first = file.readline()
-                if not first:
-                    raise _not_official(f"{path}, line 2", "nothing", "the file is truncated")
-                _parse_line(first, f"{path}, line 2", config.sequence_length)
-                _parse_line(_last_line(file), f"{path}, last line", config.sequence_length)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}; check its permissions") from error
+    try:
+        for path in _official_paths(config.source).values():
+            _check_ends(path, config.sequence_length)
+    except OSError as error:
+        raise DataError(f"an official file cannot be read: {error}") from error
 
 
 def parse_official(path: Path, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -286,6 +299,16 @@ def _check_header(path: Path, file: BinaryIO) -> None:
             f"{path}, line 1: expected the header 'Source<TAB>Target', found {_shown(header)}; "
             f"unpack the official file again, or set data.source to {GENERATE!r}"
         )
+
+
+def _check_ends(path: Path, sequence_length: int) -> None:
+    with path.open("rb") as file:
+        _check_header(path, file)
+        first = file.readline()
+        if not first:
+            raise _not_official(f"{path}, line 2", "nothing", "the file is truncated")
+        _parse_line(first, f"{path}, line 2", sequence_length)
+        _parse_line(_last_line(file), f"{path}, last line", sequence_length)
 
 
 def _last_line(file: BinaryIO) -> bytes:

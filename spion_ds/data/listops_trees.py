@@ -246,7 +246,7 @@ def _place_tokens(
         ids[level.tree, position] = token
         ends = (position + sizes[depth] - 1)[is_operator]
         ids[level.tree[is_operator], ends] = CLOSE_ID
-        if len(level.operands):
+        if depth + 1 < len(levels):
             # Operands follow their operator's token, each after all tokens of those before it.
             before = np.cumsum(sizes[depth + 1]) - sizes[depth + 1]
             first = position[is_operator] + 1 - before[level.starts()]

@@ -295,9 +295,9 @@ def build_run_config(
             raise ConfigError(unknown_name("key", key, known))
     if "task" not in values:
         raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
-    task = get_task(values["task"])
+    task = get_task(str(values["task"]))
     data = read_dataclass(task.config_class, values.get("data") or {}, "data")
-    sections = {
+    sections: dict[str, Any] = {
         name: read_dataclass(cls, values.get(name) or {}, name) for name, cls in _SECTIONS.items()
     }
     config = RunConfig(

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from spion_ds.data import Split, get_task
 from spion_ds.errors import CheckpointError
@@ -22,6 +21,7 @@ from spion_ds.training.batches import read_batch
 from spion_ds.training.checkpoint import load_state, load_weights
 from spion_ds.training.config import RunConfig
 from spion_ds.training.ranks import Ranks
+from spion_ds.training.run_log import progress_bar
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def evaluate(
     batches = -(-len(split) // (ranks.world_size * batch_size))
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, samples
     started = time.perf_counter()
-    for number in tqdm(range(batches), desc=title, disable=not ranks.is_first, leave=False):
+    bar = progress_bar(iterable=range(batches), desc=title, disable=not ranks.is_first, leave=False)
+    for number in bar:
         indices = mine[number * batch_size : (number + 1) * batch_size]
         counted = len(indices)
         batch = read_batch(split, indices if counted else np.zeros(1, dtype=np.int64), device)

@@ -154,17 +154,17 @@ class Agreement:
 
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank; if it fails on one, the same error is raised on all."""
-        result, error = None, None
+        box: list[Any] = [None, None]  # result, error
         try:
-            result = work()
-        except SpionError as raised:
-            error = raised
+            box[0] = work()
+        except SpionError as error:
+            box[1] = error
         errors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error, group=self.group)
-        for raised in errors:
-            if raised is not None:
-                raise raised
-        return result  # type: ignore[return-value]
+        dist.all_gather_object(errors, box[1], group=self.group)
+        for failed in errors:
+            if failed is not None:
+                raise failed
+        return box[0]
 
     def any(self, flag: bool) -> bool:
         """Return whether ``flag`` is true on any rank."""

@@ -36,10 +36,7 @@ class RunLog:
         _drop_rows_after(folder / "metrics.jsonl", start)
         self._rows = (folder / "metrics.jsonl").open("a")
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
-        slow = not sys.stderr.isatty()
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", mininterval=10.0 if slow else 0.2, ncols=100
-        )
+        self._bar = progress_bar(total=steps, initial=start, unit="step", ncols=110)
 
     def row(self, step: int, kind: str, **values: Any) -> None:
         """Append a row to metrics.jsonl and its numbers to TensorBoard as ``kind/name``."""
@@ -145,6 +142,12 @@ def seconds_per_step(folder: Path) -> dict[str, float | None]:
         phase: statistics.median(times[1:] or times) if times else None
         for phase, times in rows.items()
     }
+
+
+def progress_bar(**arguments: Any) -> tqdm:
+    """Return a tqdm bar that redraws rarely where a redraw is a new line (a file, a CI log)."""
+    redrawn = sys.stderr.isatty()
+    return tqdm(mininterval=0.2 if redrawn else 15.0, dynamic_ncols=False, **arguments)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

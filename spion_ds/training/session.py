@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from spion_ds.data import Dataset, get_task
+from spion_ds.data import Dataset, Split, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
+from spion_ds.settings import require
 from spion_ds.training.checkpoint import check_resumable, find_checkpoint, load_state
 from spion_ds.training.config import (
     RunConfig,
@@ -58,7 +59,24 @@ class TrainOptions:
     stop_at: int | None = None
 
 
-def run_command(command: Callable[[], None]) -> int:
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What ``launch/evaluate.py`` was asked to do.
+
+    Attributes:
+        checkpoint: a run's folder, which means its best checkpoint, or a checkpoint's folder.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        batch_size: samples a rank takes at once; None takes the run's micro-batch.
+        data_dir: folder that holds the data caches.
+    """
+
+    checkpoint: Path
+    split: str = "test"
+    batch_size: int | None = None
+    data_dir: Path = Path("data")
+
+
+def run_command(command: Callable[[], object]) -> int:
     """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code."""
     try:
         command()
@@ -111,19 +129,39 @@ def prepare_data(config: RunConfig, data_dir: Path, ranks: Ranks, agreement: Agr
     return dataset
 
 
-def load_run_config(checkpoint: Path, overrides: Sequence[str], ranks: Ranks) -> RunConfig:
-    """Return the configuration of the run that wrote ``checkpoint``.
+def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
+    """Evaluate a checkpoint on this rank's share of a split; rank 0 prints the result.
 
     Raises:
-        CheckpointError: the run's config.yaml is missing.
+        SpionError: the checkpoint or the data cannot be read.
     """
-    return build_run_config(
-        _saved_recipe(checkpoint),
-        None,
-        overrides,
-        world_size=ranks.world_size,
-        device_type=ranks.device.type,
-    )
+    ranks = discover_ranks()
+    folder = find_checkpoint(options.checkpoint, "best")
+    state, _ = load_state(folder)
+    if options.batch_size is not None:
+        require(options.batch_size >= 1, "--batch_size", options.batch_size, "from 1 up")
+    # The batch only has to divide for training; evaluation takes any number of ranks.
+    recipe = _saved_recipe(folder)
+    config = build_run_config(recipe, None, (), world_size=1, device_type=ranks.device.type)
+    get_task(config.task).check_source(config.data)
+
+    join(ranks)
+    dataset = prepare_data(config, options.data_dir, ranks, Agreement())
+    model = load_model(folder, config, ranks.device)
+    split: Split = getattr(dataset, options.split)
+    batch_size = options.batch_size or config.batches.micro
+    result = evaluate(model, split, batch_size, ranks, ranks.device)
+    if ranks.is_first:
+        densities = [float(mask.double().mean()) for mask in state.masks or []]
+        print(f"checkpoint   {folder}")
+        print(f"phase        {state.phase}, step {state.step}")
+        print(f"density      {', '.join(f'{d:.1%}' for d in densities) or '100 %'}")
+        print(f"throughput   {result.tokens_per_second:,.0f} tokens/s on {ranks.device.type}")
+        print(f"{options.split} accuracy {result.accuracy:.2%} of {result.samples} samples")
+        baselines = get_task(config.task).baselines(dataset.train, split)
+        for name, accuracy in baselines.items():
+            print(f"  {name:<22}{accuracy:>7.2%}  (baseline)")
+    return result
 
 
 def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> RunConfig:

@@ -35,7 +35,7 @@ def no_build(folder: Path) -> None:
     raise AssertionError("the cache is there: it must not be built")
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return prepare_cache(tmp_path, "toy", PARAMETERS, build).folder
 
@@ -188,7 +188,7 @@ def test_splits_whose_arrays_differ_in_rows_are_found(tmp_path: Path) -> None:
 
 def test_a_root_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="cannot write the dataset cache .*another data folder"):
+    with pytest.raises(DataError, match=r"cannot write the dataset cache .*another data folder"):
         prepare_cache(tmp_path / "file", "toy", PARAMETERS, build)
 
 
@@ -217,7 +217,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[str]]]:
     """Processes of a test: none outlives it."""
     started: list[subprocess.Popen[str]] = []
@@ -284,6 +284,12 @@ print("opened", len(dataset.train), flush=True)
 """
 
 
+def let_go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
 def test_processes_that_start_together_build_once(
     tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
@@ -294,12 +300,13 @@ def test_processes_that_start_together_build_once(
     others = [python(TOY, tmp_path) for _ in range(2)]
     processes.extend(others)
     for other in others:
+        let_go(other)  # if it built, it would not have to wait for us
         assert other.stderr is not None
         assert "another process is preparing" in other.stderr.readline()
     out, _ = first.communicate("go\n")
     assert out == "opened 4\n"
     for other in others:
-        out, _ = other.communicate("go\n")
+        out, _ = other.communicate()
         assert out == "opened 4\n"  # and never "building"
 
 
@@ -312,10 +319,11 @@ def test_a_waiting_process_builds_when_the_builder_dies(
     assert first.stdout.readline() == "building\n"
     second = python(TOY, tmp_path)
     processes.append(second)
+    let_go(second)
     assert second.stderr is not None
     assert "another process is preparing" in second.stderr.readline()
     first.kill()
-    out, _ = second.communicate("go\n")
+    out, _ = second.communicate()
     assert out == "building\nopened 4\n"
     assert not list(tmp_path.glob("*.tmp-*"))
 
