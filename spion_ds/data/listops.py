@@ -6,7 +6,11 @@ Generates the published distribution or reads the official files, and scores tri
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -203,10 +207,8 @@ def _distinct_trees(config: ListOpsConfig) -> Iterator[tuple[np.ndarray, np.ndar
     # Bounds the memory of a chunk, which holds up to max_length nodes a tree.
     draws = max(64, min(4096, 2**23 // config.max_length))
     seen: set[bytes] = set()
-    chunk = barren = 0
-    while True:
-        stream = np.random.PCG64(np.random.SeedSequence(config.seed, spawn_key=(chunk,)))
-        ids, lengths, labels = draw_trees(shape, draws, stream, config.sequence_length)
+    barren = 0
+    for ids, lengths, labels in _chunks_in_order(config, shape, draws):
         new = []
         for row, tokens in enumerate(ids):
             digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
@@ -222,7 +224,26 @@ def _distinct_trees(config: ListOpsConfig) -> Iterator[tuple[np.ndarray, np.ndar
                 "lengths, depth or operands, or ask for fewer sequences"
             )
         yield ids[new], lengths[new], labels[new]
-        chunk += 1
+
+
+def _chunks_in_order(
+    config: ListOpsConfig, shape: TreeShape, draws: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield chunk 0, 1, … without end, drawn ahead on all cores.
+
+    Threads serve: NumPy works on whole chunks outside the interpreter's lock.
+    """
+
+    def draw(chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        stream = np.random.PCG64(np.random.SeedSequence(config.seed, spawn_key=(chunk,)))
+        return draw_trees(shape, draws, stream, config.sequence_length)
+
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque(pool.submit(draw, chunk) for chunk in range(workers + 1))
+        for chunk in itertools.count(workers + 1):
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(draw, chunk))
 
 
 def check_source(config: ListOpsConfig) -> None:
