@@ -78,11 +78,13 @@ def discover_ranks() -> Ranks:
 
 
 def join(ranks: Ranks) -> None:
-    """Start the process group (NCCL on GPUs, gloo on CPUs) that DeepSpeed then uses.
+    """Start the process group (NCCL on GPUs, gloo on CPUs) that DeepSpeed then uses, once.
 
     Raises:
         ConfigError: more ranks on this node than GPUs, or mpirun without mpi4py.
     """
+    if dist.is_initialized():
+        return
     gpus = torch.cuda.device_count()
     if gpus and ranks.local_world_size > gpus:
         raise ConfigError(

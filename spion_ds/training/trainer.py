@@ -239,7 +239,8 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         self.timer.stop()
-        self.state.rule = self.rule.state_dict()
+        # The rule's memory is maps of L×L; once it has fired nobody asks it again.
+        self.state.rule = self.rule.state_dict() if self.state.masks is None else {}
         place = save_checkpoint(
             self.engine, self.checkpoints, self.state, self.config, self.ranks, self.agreement
         )

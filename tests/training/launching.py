@@ -1,0 +1,127 @@
+"""Starts training as a user would, on CPU ranks, and reads what a run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(__file__).parent / "tiny.yaml"
+DRIVE = Path(__file__).parent / "drive.py"
+TRAIN = ROOT / "launch" / "train.py"
+# A hang is a failure; far above what a loaded two-core machine needs.
+LIMIT_SECONDS = 280
+
+
+def command(launcher: str, ranks: int) -> list[str]:
+    """Return the words that stand before the script."""
+    bin_folder = Path(sys.executable).parent
+    port = str(_free_port())
+    return {
+        "python": [sys.executable],
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            f"--master_port={port}",
+        ],
+        "deepspeed": [
+            str(bin_folder / "deepspeed"),
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            port,
+        ],
+        # Where there are fewer cores than ranks, mpirun must be told that this is meant.
+        "mpirun": [
+            str(bin_folder / "mpirun"),
+            "--oversubscribe",
+            "-np",
+            str(ranks),
+            sys.executable,
+        ],
+    }[launcher]
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment without a launcher's, on the CPU, one thread a rank."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_", "PMIX_", "PMI_", "MASTER_", "LOCAL_", "TORCHELASTIC_"))
+        and name not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")
+    }
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+
+
+def launch(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run to the end and return the result; the output is in the failure message."""
+    result = subprocess.run(
+        words,
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+def drive(launcher: str, ranks: int, sessions: list[dict[str, Any]], folder: Path) -> None:
+    """Train several sessions one after the other in one process group."""
+    plan = folder / f"plan-{launcher}-{ranks}.json"
+    plan.write_text(json.dumps([session(folder, **values) for values in sessions]))
+    launch([*command(launcher, ranks), str(DRIVE), str(plan)], folder)
+
+
+def session(folder: Path, **values: Any) -> dict[str, Any]:
+    """Return TrainOptions as a mapping, with the tiny recipe and folders below ``folder``."""
+    plain: dict[str, Any] = {"run_dir": str(folder / "runs"), "data_dir": str(folder / "data")}
+    if values.get("resume") is None:
+        plain["recipe"] = str(TINY)
+    if "stage" in values:
+        plain["ds_config"] = str(ROOT / "ds_configs" / f"zero{values.pop('stage')}.json")
+    return {**plain, **values}
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the rows of a kind in a run's metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Return the training loss of each step."""
+    return {row["step"]: row["loss"] for row in rows(run, "train")}
+
+
+def digest(run: Path) -> str:
+    """Return the digest of the masks that the run switched to."""
+    [switch] = rows(run, "switch")
+    return switch["digest"]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """Return a finished run's summary."""
+    return json.loads((run / "summary.json").read_text())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

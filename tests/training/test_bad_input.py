@@ -1,0 +1,218 @@
+"""A user's mistake is one clear error before training starts, and touches no file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spion_ds.training.ranks import discover_ranks
+from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch
+
+
+def run_script(script: str, *words: object) -> int:
+    """Call a launch script's main in this process with a command line; return its exit code."""
+    path = ROOT / "launch" / f"{script}.py"
+    spec = importlib.util.spec_from_file_location(f"launch_{script}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, [str(path), *map(str, words)]
+    try:
+        return module.main()
+    finally:
+        sys.argv = before
+
+
+def files_below(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], words: list[object], *expected: str) -> None:
+    before = files_below(Path.cwd())
+    assert run_script("train", *words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    for text in expected:
+        assert text in error, error
+    assert files_below(Path.cwd()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--recipe", "listop"], ["recipe 'listop'", "did you mean 'listops'", "listops_small"]),
+        (["--recipe", "missing.yaml"], ["missing.yaml"]),
+        (["task=listop"], ["task 'listop'", "did you mean 'listops'"]),
+        (["training.stepz=3"], ["training.stepz", "did you mean 'training.steps'"]),
+        (["trainning.steps=3"], ["trainning.steps", "did you mean 'training.steps'"]),
+        (["data.min_len=3"], ["data.min_len", "data.min_length"]),
+        (["training.steps"], ["section.key=value"]),
+        (["training.steps=many"], ["training.steps", "'many'", "whole number"]),
+        (["training.steps=0"], ["training.steps", "from 1 up"]),
+        (["sparse_attention.alpha=1.2"], ["sparse_attention.alpha", "1.2", "between 0 and 1"]),
+        (["sparse_attention.block=48"], ["sparse_attention.block", "48", "16, 32, 64 or 128"]),
+        (["sparse_attention.density=0"], ["sparse_attention.density", "0", "diagonal"]),
+        (["sparse_attention.density=1.5"], ["sparse_attention.density", "1.5"]),
+        (["sparse_attention.filter_size=30"], ["filter_size", "30", "odd"]),
+        (["sparse_attention.variant=fc"], ["variant 'fc'", "known: c, cf, f"]),
+        (["sparse_attention.mode=bigbrd"], ["mode", "bigbrd", "dense", "spion"]),
+        (
+            ["data.sequence_length=64", "data.max_length=60", "sparse_attention.block=128"],
+            ["sparse_attention.block", "128", "at most the sequence length, 64"],
+        ),
+        (["model.heads=0"], ["model.heads", "from 1 up"]),
+        (["model.dropout=1"], ["model.dropout", "not including, 1"]),
+        (["optimizer.lr=-1"], ["optimizer.lr", "-1", "above 0"]),
+        (["optimizer.warmup_steps=1000"], ["optimizer.warmup_steps", "1000", "training.steps"]),
+        (["transition.rule=distanse"], ["transition.rule", "did you mean 'distance'"]),
+        (["transition.rule=fixed"], ["transition.switch_step is missing"]),
+        (["transition.switch_step=5"], ["transition.switch_step", "distance rule"]),
+        (["transition.max_dense_steps=12"], ["transition.max_dense_steps", "12", "1 to 11"]),
+        (["training.batch_size=7", "training.micro_batch_size=2"], ["batch of 7", "multiple"]),
+        (["training.batch_size=65"], ["training.batch_size", "65", "64"]),
+        (["training.precision=fp64"], ["training.precision", "fp64", "fp32"]),
+        (["data.train=0"], ["data.train", "0"]),
+        (["data.source=nowhere"], ["nowhere"]),
+        (["--if_taken", "error", "--stop_at", "0"], ["--stop_at", "0"]),
+        (["--ds_config", "nowhere.json"], ["nowhere.json"]),
+        (["--resume"], ["there is no checkpoint in", "--resume"]),
+        (["--resume", "nowhere"], ["there is no checkpoint in nowhere"]),
+    ],
+    ids=lambda value: "-".join(map(str, value))[:50] if isinstance(value, list) else None,
+)
+def test_command_line_and_recipe_mistakes(
+    words: list[object], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--recipe", TINY] if "--recipe" not in words else []
+    assert_refused(capsys, [*given, *words], *expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on a CPU only")
+def test_fp16_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(
+        capsys, ["--recipe", TINY, "training.precision=fp16"], "fp16", "CPU", "fp32 or bf16"
+    )
+
+
+def test_batch_that_does_not_divide_over_the_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert discover_ranks().world_size == 3
+    assert_refused(capsys, ["--recipe", TINY], "batch of 8 does not divide", "3 rank(s)")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"sparse_attention": {"blok": 16}}, ["blok", "did you mean 'sparse_attention.block'"]),
+        ({"sparse_attention": {"mode": "fixed"}}, ["mode", "'fixed'", "dense, spion"]),
+        ({"sparse_attention": [1]}, ["sparse_attention", "mapping"]),
+        ({"sparse_atention": {"block": 16}}, ["sparse_atention", "sparse_attention"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "4", "0, 1, 2 or 3"]),
+        ({"scheduler": {"type": "OneCycle"}}, ["scheduler", "recipe"]),
+        ({"train_batch_size": 16}, ["train_batch_size is 16", "training.batch_size is 8"]),
+        ({"train_micro_batch_size_per_gpu": 3}, ["batch of 8 does not divide"]),
+        ({"gradient_accumulation_steps": "two"}, ["gradient_accumulation_steps", "two"]),
+        ({"optimizer": {"params": {"lr": 1}}}, ["optimizer has no type"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, ["lr is 1.0", "optimizer.lr"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled", "training.precision"]),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["reduce_bucket_size", "auto"]),
+    ],
+    ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else None,
+)
+def test_deepspeed_configuration_mistakes(
+    config: dict[str, Any],
+    expected: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert_refused(capsys, ["--recipe", TINY, "--ds_config", "ds.json"], *expected)
+
+
+def test_deepspeed_configuration_that_is_not_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text("{")
+    assert_refused(capsys, ["--recipe", TINY, "--ds_config", "ds.json"], "ds.json", "not JSON")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (None, ["basic_train.tsv"]),
+        ("", ["basic_train.tsv"]),
+        ("Question\tAnswer\n( [MAX 1 2 ] )\t2\n", ["basic_train.tsv", "Source"]),
+        ("Source\tTarget\n( [MAX 1 2 ] )\t2\n( [MAX 1", ["basic_train.tsv"]),
+    ],
+    ids=["missing", "empty", "other-format", "truncated"],
+)
+def test_official_data_files(
+    lines: str | None, expected: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "official"
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        (folder / f"basic_{split}.tsv").write_text("Source\tTarget\n( [MAX 1 2 ] )\t2\n")
+    if lines is None:
+        (folder / "basic_train.tsv").unlink()
+    else:
+        (folder / "basic_train.tsv").write_text(lines)
+    assert_refused(capsys, ["--recipe", TINY, f"data.source={folder}"], *expected)
+
+
+@pytest.mark.ranks
+def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    drive("python", 1, [{"run_name": "r", "stop_at": 3}], tmp_path)
+    resume: list[object] = ["--recipe", TINY, "--resume", "runs/r"]
+    for override, expected in (
+        ("model.dim=8", "dim is 16 there and 8 here"),
+        ("data.max_length=100", "max_length is 120 there and 100 here"),
+        ("sparse_attention.alpha=0.9", "alpha is 0.8 there and 0.9 here"),
+        ("training.seed=1", "training.seed=0"),
+        ("training.batch_size=16", "training.batch_size=8"),
+    ):
+        assert_refused(capsys, [*resume, override], "runs/r/checkpoints/step-000003", expected)
+    stage_1 = str(ROOT / "ds_configs" / "zero1.json")
+    assert_refused(capsys, [*resume, "--ds_config", stage_1], "ZeRO stage 0", "stage 1")
+    assert_refused(
+        capsys,
+        [*resume, "training.steps=3", "transition.max_dense_steps=2", "optimizer.warmup_steps=1"],
+        "nothing is left to do",
+    )
+
+    checkpoint = tmp_path / "runs" / "r" / "checkpoints" / "step-000003"
+    whole = (checkpoint / "state.pt").read_bytes()
+    (checkpoint / "state.pt").write_bytes(whole[: len(whole) // 2])
+    assert_refused(capsys, resume, "state.pt", "damaged")
+    (checkpoint / "state.pt").unlink()
+    assert_refused(capsys, resume, "step-000003", "not there or not whole")
+
+
+@pytest.mark.ranks
+def test_a_run_never_overwrites_another(tmp_path: Path) -> None:
+    words = [*command("python", 1), str(TRAIN), "--recipe", str(TINY), "--stop_at", "1"]
+    launch(words, tmp_path)
+    launch(words, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+    before = files_below(tmp_path / "runs")
+    with pytest.raises(AssertionError, match="runs/tiny exists; give another --run_name"):
+        launch([*words, "--if_taken", "error"], tmp_path)
+    assert files_below(tmp_path / "runs") == before

@@ -1,0 +1,78 @@
+"""A run that was stopped at any step and resumed gives the bits of one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spion_ds.training.checkpoint import find_checkpoint, load_state, load_weights
+from tests.training.launching import digest, drive, losses, rows, summary
+
+pytestmark = pytest.mark.ranks
+
+STEPS, SWITCH = 12, 6
+
+
+def sessions_of_a_stopped_run(folder: Path, stop_at: int, name: str, **values: Any) -> list[dict]:
+    run = str(folder / "runs" / name)
+    return [
+        {"run_name": name, "stop_at": stop_at, **values},
+        {"resume": run},
+    ]
+
+
+def assert_same_bits(run: Path, undisturbed: Path) -> None:
+    assert losses(run) == losses(undisturbed)
+    assert digest(run) == digest(undisturbed)
+    for kind in ("validation", "test"):
+        assert rows(run, kind) == rows(undisturbed, kind)
+    assert summary(run)["test_accuracy"] == summary(undisturbed)["test_accuracy"]
+    ours, theirs = (load_weights(find_checkpoint(r)) for r in (run, undisturbed))
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+
+
+def test_stopped_at_any_step_on_one_rank(tmp_path: Path) -> None:
+    sessions: list[dict] = [{"run_name": "whole"}]
+    for stop in range(1, STEPS):
+        sessions += sessions_of_a_stopped_run(tmp_path, stop, f"stop{stop}")
+    drive("python", 1, sessions, tmp_path)
+    for stop in range(1, STEPS):
+        assert_same_bits(tmp_path / "runs" / f"stop{stop}", tmp_path / "runs" / "whole")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_stopped_in_each_phase_on_two_ranks(stage: int, tmp_path: Path) -> None:
+    sessions: list[dict] = [{"run_name": "whole", "stage": stage}]
+    stops = (SWITCH - 3, SWITCH, SWITCH + 3)
+    for stop in stops:
+        sessions += sessions_of_a_stopped_run(tmp_path, stop, f"stop{stop}", stage=stage)
+    drive("torchrun", 2, sessions, tmp_path)
+    for stop in stops:
+        assert_same_bits(tmp_path / "runs" / f"stop{stop}", tmp_path / "runs" / "whole")
+
+
+def test_stopped_and_resumed_by_new_processes(tmp_path: Path) -> None:
+    drive("python", 1, [{"run_name": "whole"}], tmp_path)
+    for values in sessions_of_a_stopped_run(tmp_path, SWITCH - 1, "stopped"):
+        drive("python", 1, [values], tmp_path)
+    assert_same_bits(tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole")
+
+
+def test_a_checkpoint_says_where_the_run_stands(tmp_path: Path) -> None:
+    drive("python", 1, [{"run_name": "dense", "stop_at": SWITCH - 1}], tmp_path)
+    state, run = load_state(find_checkpoint(tmp_path / "runs" / "dense"))
+    assert (state.step, state.phase, state.masks) == (SWITCH - 1, "dense", None)
+    assert state.samples_seen == (SWITCH - 1) * 8
+    assert state.rule["check"] == 2
+    assert (run["world_size"], run["zero_stage"]) == (1, 0)
+
+    drive("python", 1, [{"resume": str(tmp_path / "runs" / "dense"), "stop_at": SWITCH}], tmp_path)
+    state, _ = load_state(find_checkpoint(tmp_path / "runs" / "dense"))
+    assert (state.step, state.phase, state.switch_step) == (SWITCH, "sparse", SWITCH)
+    assert state.masks is not None
+    assert [tuple(mask.shape) for mask in state.masks] == [(8, 8), (8, 8)]
+    assert all(mask.diagonal().all() for mask in state.masks)
