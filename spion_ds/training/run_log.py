@@ -146,8 +146,9 @@ def seconds_per_step(folder: Path) -> dict[str, float | None]:
 
 def progress_bar(**arguments: Any) -> tqdm:
     """Return a tqdm bar that redraws rarely where a redraw is a new line (a file, a CI log)."""
-    redrawn = sys.stderr.isatty()
-    return tqdm(mininterval=0.2 if redrawn else 15.0, dynamic_ncols=False, **arguments)
+    if not sys.stderr.isatty():
+        arguments = {"mininterval": 15.0, "delay": 5.0, **arguments}
+    return tqdm(**arguments)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
