@@ -62,11 +62,15 @@ class SparseAttentionConfig:
             "between 0 and 1, e.g. 0.98 (quantile)",
         )
         blocks = -(-sequence_length // self.block)
+        # The diagonal is always kept; cf and f do not use the density.
+        least = 1.0 / blocks if self.variant == "c" else 0.0
         require(
-            1.0 / blocks <= self.density <= 1.0,
+            least <= self.density <= 1.0 and self.density > 0.0,
             f"{at}density",
             self.density,
-            f"from {1.0 / blocks:.3g} (the diagonal of {blocks}×{blocks} blocks alone) to 1",
+            f"{least:.3g} (the diagonal of {blocks}×{blocks} blocks alone) to 1"
+            if least
+            else "above 0, up to 1",
         )
         require(
             self.filter_size % 2 == 1 and self.filter_size >= 1,

@@ -15,6 +15,7 @@ import yaml
 
 from spion_ds.data import Dataset, Split, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
+from spion_ds.extension import operators_available
 from spion_ds.settings import require
 from spion_ds.training.checkpoint import check_resumable, find_checkpoint, load_state
 from spion_ds.training.config import (
@@ -104,6 +105,8 @@ def train(options: TrainOptions) -> None:
     join(ranks)
     agreement = Agreement()
     dataset = prepare_data(config, options.data_dir, ranks, agreement)
+    if ranks.is_first and config.is_sparse:
+        operators_available()  # compiled now, if need be, and not at the switch
     folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
     if ranks.is_first:
         _introduce(config, folder, ranks, checkpoint)

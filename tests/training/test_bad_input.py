@@ -66,7 +66,11 @@ def assert_refused(capsys: pytest.CaptureFixture[str], words: list[object], *exp
         (["training.steps=0"], ["training.steps", "from 1 up"]),
         (["sparse_attention.alpha=1.2"], ["sparse_attention.alpha", "1.2", "between 0 and 1"]),
         (["sparse_attention.block=48"], ["sparse_attention.block", "48", "16, 32, 64 or 128"]),
-        (["sparse_attention.density=0"], ["sparse_attention.density", "0", "diagonal"]),
+        (["sparse_attention.density=0"], ["sparse_attention.density", "0", "above 0"]),
+        (
+            ["sparse_attention.density=0.05", "sparse_attention.variant=c"],
+            ["sparse_attention.density", "0.05", "0.125 (the diagonal of 8×8 blocks"],
+        ),
         (["sparse_attention.density=1.5"], ["sparse_attention.density", "1.5"]),
         (["sparse_attention.filter_size=30"], ["filter_size", "30", "odd"]),
         (["sparse_attention.variant=fc"], ["variant 'fc'", "known: c, cf, f"]),

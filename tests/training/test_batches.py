@@ -1,0 +1,53 @@
+"""Which samples make up a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spion_ds.data import Split
+from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
+
+
+def test_every_epoch_takes_each_sample_once_in_a_new_order() -> None:
+    order = BatchOrder(num_samples=12, batch_size=4, seed=0)
+    epochs = [np.concatenate([order.samples(3 * e + s) for s in range(3)]) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(12))
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_batches_run_on_across_the_end_of_an_epoch() -> None:
+    order = BatchOrder(num_samples=10, batch_size=4, seed=0)
+    stream = np.concatenate([order.samples(step) for step in range(5)])
+    assert sorted(stream[:10]) == list(range(10))
+    assert sorted(stream[10:]) == list(range(10))
+
+
+def test_order_is_a_function_of_seed_and_step_alone() -> None:
+    forwards = BatchOrder(50, 8, seed=3)
+    expected = [forwards.samples(step) for step in range(20)]
+    backwards = BatchOrder(50, 8, seed=3)
+    for step in reversed(range(20)):
+        assert np.array_equal(backwards.samples(step), expected[step])
+    assert not np.array_equal(BatchOrder(50, 8, seed=4).samples(0), expected[0])
+
+
+def test_micro_batches_of_all_ranks_make_up_the_global_batch() -> None:
+    for world, micro, accumulation in ((1, 12, 1), (2, 3, 2), (4, 1, 3), (3, 4, 1)):
+        positions = [
+            micro_batch_positions(step, micro, rank, world)
+            for step in range(accumulation)
+            for rank in range(world)
+        ]
+        assert np.array_equal(np.concatenate(positions), np.arange(12))
+
+
+def test_read_batch_masks_padding() -> None:
+    ids = np.array([[3, 4, 0, 0], [5, 6, 7, 8]], dtype=np.uint8)
+    split = Split(ids, np.array([2, 4], dtype=np.int32), np.array([1, 9], dtype=np.uint8))
+    batch = read_batch(split, np.array([1, 0]), torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [3, 4, 0, 0]]
+    assert batch.padding_mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert batch.labels.tolist() == [9, 1]
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64

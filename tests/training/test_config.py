@@ -1,0 +1,150 @@
+"""One validated configuration from recipe, DeepSpeed JSON and overrides."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from spion_ds.errors import ConfigError
+from spion_ds.training.config import RunConfig, build_run_config, read_recipe, recipe_names
+from spion_ds.training.deepspeed_config import zero_stage
+from tests.training.launching import ROOT
+
+
+def build(
+    recipe: str = "listops",
+    deepspeed: dict[str, Any] | None = None,
+    overrides: tuple[str, ...] = (),
+    world_size: int = 1,
+    device_type: str = "cpu",
+) -> RunConfig:
+    return build_run_config(
+        read_recipe(recipe), deepspeed, overrides, world_size=world_size, device_type=device_type
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_recipe_is_valid_with_every_shipped_configuration(name: str, stage: int) -> None:
+    deepspeed = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+    config = build(name, deepspeed)
+    assert zero_stage(config.resolved) == stage
+    assert "auto" not in json.dumps(config.resolved)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_key_of_a_recipe_is_commented_or_self_evident(name: str) -> None:
+    text = (ROOT / "spion_ds" / "recipes" / f"{name}.yaml").read_text()
+    evident = (
+        "layers",
+        "heads",
+        "head_dim",
+        "validation",
+        "test",
+        "different_layout_per_head",
+        "betas",
+        "eps",
+        "weight_decay",
+        "steps",
+        "task",
+        "warmup_steps",
+        "log_every",
+        "evaluate_every",
+        "checkpoint_every",
+    )
+    for line in text.splitlines():
+        key = line.partition(":")[0].strip()
+        is_value = ":" in line and line.startswith("  ")
+        if is_value and not line.strip().startswith("#") and "#" not in line:
+            assert key in evident, f"{name}: {key} has no comment"
+
+
+def test_the_published_listops_recipe() -> None:
+    config = build("listops")
+    model, optimizer = config.model, config.optimizer
+    assert (model.dim, model.ffn_dim, model.layers, model.heads, model.head_dim) == (
+        64,
+        128,
+        4,
+        2,
+        32,
+    )
+    assert (model.dropout, model.classifier_dim, model.pooling) == (0.1, 128, "masked_mean")
+    assert (config.sparse_attention.block, config.sparse_attention.alpha) == (64, 0.98)
+    assert (config.sparse_attention.density, config.sparse_attention.filter_size) == (0.04, 31)
+    assert (config.training.steps, config.training.batch_size) == (30000, 256)
+    assert (optimizer.lr, optimizer.warmup_steps, optimizer.eps) == (7e-4, 1000, 1e-6)
+    assert (optimizer.clip_value, config.transition.check_every) == (1.0, 500)
+    assert config.schedule.restart_at_switch
+
+
+def test_a_saved_configuration_reads_back_the_same() -> None:
+    config = build("listops_small", {"zero_optimization": {"stage": 2}}, ("training.steps=201",))
+    again = build_run_config(config.to_mapping(), None, (), world_size=1, device_type="cpu")
+    assert again == config
+
+
+def test_later_sources_win() -> None:
+    block = {"sparse_attention": {"mode": "spion", "block": 32, "variant": "f"}}
+    config = build("listops", block)
+    assert (config.sparse_attention.block, config.sparse_attention.variant) == (32, "f")
+    assert config.sparse_attention.alpha == 0.98
+    assert not config.schedule.restart_at_switch
+    assert build("listops", block, ("sparse_attention.block=128",)).sparse_attention.block == 128
+
+
+def test_deepspeed_never_sees_the_sparse_attention_block() -> None:
+    given = {"sparse_attention": {"block": 32}}
+    config = build("listops", given)
+    assert "sparse_attention" not in config.resolved
+    assert "sparse_attention" in given  # the caller's mapping is left alone
+
+
+def test_auto_values_come_from_the_recipe() -> None:
+    deepspeed = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    resolved = build("listops", deepspeed, world_size=4).resolved
+    assert resolved["train_batch_size"] == 256
+    assert resolved["train_micro_batch_size_per_gpu"] == 64
+    assert resolved["gradient_accumulation_steps"] == 1
+    assert resolved["optimizer"]["params"]["lr"] == 7e-4
+    assert resolved["optimizer"]["params"]["betas"] == [0.9, 0.999]
+    # DeepSpeed would clip by norm at 1.0 if nothing were said.
+    assert resolved["gradient_clipping"] == 0.0
+    assert resolved["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "overrides", "world_size", "expected"),
+    [
+        ({}, (), 2, (128, 1)),
+        ({}, ("training.micro_batch_size=32",), 2, (32, 4)),
+        ({"gradient_accumulation_steps": 4}, (), 2, (32, 4)),
+        ({"train_micro_batch_size_per_gpu": 16}, (), 4, (16, 4)),
+    ],
+)
+def test_batch_sizes(
+    deepspeed: dict[str, Any], overrides: tuple[str, ...], world_size: int, expected: tuple
+) -> None:
+    batches = build("listops", deepspeed, overrides, world_size=world_size).batches
+    assert (batches.micro, batches.accumulation) == expected
+    assert batches.micro * batches.accumulation * world_size == batches.total == 256
+
+
+def test_precision_reaches_deepspeed() -> None:
+    assert build("listops", {}, ("training.precision=bf16",)).resolved["bf16"]["enabled"] is True
+    fp16 = build("listops", {}, ("training.precision=fp16",), device_type="cuda").resolved
+    assert fp16["fp16"]["enabled"] is True
+
+
+def test_a_dense_run_needs_no_transition() -> None:
+    config = build("listops", {}, ("sparse_attention.mode=dense", "training.steps=1001"))
+    assert not config.is_sparse
+
+
+def test_lists_and_nested_values_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        build("listops", {}, ("optimizer.betas=[0.9]",))
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        build("listops", {}, ("optimizer.betas=[0.9, 1.5]",))

@@ -1,0 +1,87 @@
+"""The rank-0 coordinator: one decision, the same on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from spion_ds.attention import AttentionMapAccumulator
+from spion_ds.attention.layout import pack_mask
+from spion_ds.patterns import DistanceRule, FixedStepRule, spion_cf
+from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.training.coordinator import CoordinationError, Coordinator
+from spion_ds.training.ranks import Agreement
+
+LENGTH, BLOCK = 64, 16
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def configs() -> list[SpionSparsityConfig]:
+    return [SpionSparsityConfig(2, BLOCK, alpha=0.7, filter_size=5) for _ in range(2)]
+
+
+def observed(seed: int) -> list[AttentionMapAccumulator]:
+    torch.manual_seed(seed)
+    layers = [AttentionMapAccumulator() for _ in range(2)]
+    for layer in layers:
+        layer.add(torch.randn(3, 2, LENGTH, 8), torch.randn(3, 2, LENGTH, 8))
+    return layers
+
+
+def test_masks_are_the_patterns_of_the_mean_maps() -> None:
+    coordinator = Coordinator(FixedStepRule(), configs(), LENGTH // BLOCK, Agreement())
+    layers = observed(0)
+    decision = coordinator.check(layers, force=False)
+    assert decision.masks is not None
+    assert decision.maps is not None
+    for mask, layer, attention in zip(decision.masks, layers, decision.maps, strict=True):
+        assert layer.total is not None
+        assert layer.count is not None
+        expected = (layer.total / layer.count[:, None]).float()
+        assert torch.equal(attention, expected)
+        assert torch.equal(mask, spion_cf(expected, BLOCK, 0.7, 5))
+    packed = b"".join(pack_mask(mask) for mask in decision.masks)
+    body = packed.ljust(1000, b"\0")
+    assert decision.digest == hashlib.sha256(body).hexdigest()
+
+
+def test_stays_dense_until_the_rule_fires_or_is_forced() -> None:
+    coordinator = Coordinator(DistanceRule(), configs(), LENGTH // BLOCK, Agreement())
+    first = coordinator.check(observed(0), force=False)
+    assert (first.masks, first.digest) == (None, "")
+    assert first.report is not None
+    assert first.report.check == 1
+    forced = coordinator.check(observed(1), force=True)
+    assert forced.masks is not None
+
+
+def test_a_failure_on_rank_0_is_raised_with_its_reason() -> None:
+    coordinator = Coordinator(DistanceRule(), configs(), LENGTH // BLOCK, Agreement())
+    layers = observed(0)
+    assert layers[1].total is not None
+    layers[1].total[3, 4] = float("nan")
+    with pytest.raises(CoordinationError, match=r"rank 0 could not.*layer 1.*NaN"):
+        coordinator.check(layers, force=False)
+
+
+def test_masks_that_changed_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = Agreement()
+
+    def flip_a_bit(payload: torch.Tensor) -> torch.Tensor:
+        payload[33] ^= 1
+        return payload
+
+    monkeypatch.setattr(agreement, "broadcast", flip_a_bit)
+    coordinator = Coordinator(FixedStepRule(), configs(), LENGTH // BLOCK, agreement)
+    with pytest.raises(CoordinationError, match="differ"):
+        coordinator.check(observed(0), force=False)
