@@ -10,6 +10,9 @@ The hash is a 32-bit xor-shift-multiply finaliser, in wrapping int32 arithmetic.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,12 @@ _MULTIPLY_1 = 0x7FEB352D
 _MULTIPLY_2 = 0x846CA68B - 2**32
 STRIDE = 0x9E3779B9 - 2**32
 _RESOLUTION = 24
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed; it is imported only where it is used."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def mix(x: Tensor) -> Tensor:
@@ -86,6 +95,10 @@ def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
     """
     if p == 0.0:
         return x
+    if x.is_cuda and has_triton():
+        from spion_ds.attention.triton_dropout import dropout_triton
+
+        return dropout_triton(x, p, key)
     rows = x[0].numel() // x.shape[-1]
     row = torch.arange(rows, dtype=torch.int32, device=x.device)
     column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from spion_ds.attention.dropout import has_triton
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
 from spion_ds.errors import ConfigError, unknown_name
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "triton")
 PRUNED = ("zero", "excluded")
 
 
@@ -44,8 +47,8 @@ def block_sparse_attention(
         dropout_p: probability of dropping a kept probability.
         dropout_key: (batch,) int32 keys of the counter-based generator (attention/dropout.py);
             drawn from PyTorch's default generator if None.
-        backend: ``"reference"`` is the specification, ``"torch"`` costs in proportion to the
-            kept blocks, ``"auto"`` takes the fastest for the device.
+        backend: ``"reference"`` is the specification, ``"torch"`` and ``"triton"`` cost in
+            proportion to the kept blocks, ``"auto"`` takes triton on a GPU and torch elsewhere.
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
@@ -61,10 +64,7 @@ def block_sparse_attention(
         raise ConfigError(f"dropout_p is {dropout_p}; allowed: 0 up to, not including, 1")
     if dropout_p > 0.0:
         dropout_key = _check_dropout_key(dropout_key, q)
-    implementation = (
-        block_sparse_attention_reference if backend == "reference" else block_sparse_attention_torch
-    )
-    return implementation(
+    return _implementation(backend, q, layout)(
         q,
         k,
         v,
@@ -76,6 +76,18 @@ def block_sparse_attention(
         dropout_p=dropout_p,
         dropout_key=dropout_key,
     )
+
+
+def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:
+    """Return the backend's function; "auto" takes the Triton kernels where they serve."""
+    if backend == "reference":
+        return block_sparse_attention_reference
+    if backend == "triton" or (backend == "auto" and q.is_cuda and has_triton()):
+        from spion_ds.attention import triton_backend
+
+        if backend == "triton" or triton_backend.unsupported(q, layout) is None:
+            return triton_backend.block_sparse_attention_triton
+    return block_sparse_attention_torch
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,5 +124,5 @@ def take_sparse_attention_block(ds_config: dict[str, Any]) -> Mapping[str, Any] 
 
 
 def _looks_like_ours(key: str) -> bool:
-    plain = key.lower().replace("_", "").replace("-", "")
-    return "sparse" in plain and "att" in plain
+    plain = "".join(letter for letter in key.lower() if letter.isalpha())
+    return bool(difflib.get_close_matches(plain, ["sparseattention"], cutoff=0.8))

@@ -1,0 +1,87 @@
+"""The counter-based dropout of ``dropout.py`` as one Triton kernel: the same bits, one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spion_ds.attention.dropout import STRIDE, keep_threshold
+
+# The multiplier of the counters in dropout.combine, as uint32.
+_STRIDE = tl.constexpr(STRIDE % 2**32)
+_ELEMENTS = 1024
+
+
+def dropout_triton(x: Tensor, p: float, key: Tensor) -> Tensor:
+    """Return what ``dropout`` returns; arguments as there, ``x`` on a CUDA device."""
+    return _Dropout.apply(x, p, key)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, key: Tensor) -> Tensor:
+        ctx.p = p
+        ctx.save_for_backward(key)
+        return _launch(x, p, key)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _launch(grad, ctx.p, *ctx.saved_tensors), None, None
+
+
+def _launch(x: Tensor, p: float, key: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    size = x[0].numel()
+    with torch.cuda.device_of(x):
+        dropout_kernel[(triton.cdiv(size, _ELEMENTS), x.shape[0])](
+            x, y, key, size, x.shape[-1], keep_threshold(p), 1.0 / (1.0 - p), ELEMENTS=_ELEMENTS
+        )
+    return y
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def dropout_kernel(
+    x_ptr: Any,  # (batch, size)
+    y_ptr: Any,
+    key_ptr: Any,  # (batch,) int32
+    size: Any,
+    columns: Any,
+    threshold: Any,
+    keep_scale: Any,
+    ELEMENTS: tl.constexpr,
+) -> None:
+    """Write x with dropped elements 0 and kept ones scaled, ELEMENTS of one sample."""
+    sample = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = element < size
+    key = tl.load(key_ptr + sample).to(tl.uint32, bitcast=True)
+    row_keys = combine(key, element // columns)
+    keep = kept(row_keys, element % columns, threshold)
+    x = tl.load(x_ptr + sample * size + element, mask=inside, other=0.0)
+    y = tl.where(keep, x.to(tl.float32) * keep_scale, 0.0)
+    tl.store(y_ptr + sample * size + element, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def kept(row_keys: Any, columns: Any, threshold: Any) -> Any:
+    """Return dropout.keep_mask: the top 24 bits of the hash are at least the threshold."""
+    return (combine(row_keys, columns) >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def combine(key: Any, counter: Any) -> Any:
+    """Return dropout.combine in uint32: mix(key + (counter + 1) · stride)."""
+    x = key + (counter.to(tl.uint32) + 1) * _STRIDE
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
