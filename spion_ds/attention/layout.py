@@ -24,6 +24,8 @@ class BlockLayout:
         col_idx: (kept,) int32 key block of each kept block, in (head, row, column) order.
         col_ptr: (heads, num_cols + 1) int32; the same by columns, into ``row_idx``.
         row_idx: (kept,) int32 query block of each kept block, in (head, column, row) order.
+        col_order: (heads, num_cols + 1) int32; the columns of each head by kept blocks, most
+            first, then how many columns come first as hot: more than twice the mean in some head.
     """
 
     block: int
@@ -33,6 +35,7 @@ class BlockLayout:
     col_idx: Tensor
     col_ptr: Tensor
     row_idx: Tensor
+    col_order: Tensor
     # What a backend derives from the layout once (groupings, launch orders), keyed by its name.
     plans: dict = field(default_factory=dict, repr=False)
 
@@ -60,7 +63,8 @@ class BlockLayout:
         row_ptr, col_idx = _index(kept)
         col_ptr, row_idx = _index(kept.transpose(1, 2))
         _, rows, cols = kept.shape
-        layout = cls(block, rows, cols, row_ptr, col_idx, col_ptr, row_idx)
+        col_order = _launch_order(kept.sum(dim=1))
+        layout = cls(block, rows, cols, row_ptr, col_idx, col_ptr, row_idx, col_order)
         return layout.to(mask.device)
 
     @property
@@ -95,6 +99,7 @@ class BlockLayout:
             self.col_idx.to(device),
             self.col_ptr.to(device),
             self.row_idx.to(device),
+            self.col_order.to(device),
         )
 
     def to_mask(self) -> Tensor:
@@ -135,6 +140,13 @@ def unpack_mask(bits: bytes, shape: tuple[int, ...]) -> Tensor:
         raise ConfigError(f"{len(bits)} bytes cannot be a packed mask of shape {shape}")
     flat = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=count)
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
+
+
+def _launch_order(lengths: Tensor) -> Tensor:
+    """Return ``col_order`` of columns that keep ``lengths`` (heads, num_cols) blocks."""
+    hot = (lengths > 2 * lengths.double().mean(dim=1, keepdim=True)).sum(dim=1).max()
+    order = lengths.argsort(dim=1, descending=True, stable=True)
+    return torch.cat([order, hot.expand(len(order), 1)], dim=1).to(torch.int32)
 
 
 def _index(kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,13 +48,13 @@ def _launch(x: Tensor, p: float, key: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["threshold"])
 def dropout_kernel(
-    x_ptr: Any,  # (batch, size)
-    y_ptr: Any,
-    key_ptr: Any,  # (batch,) int32
-    size: Any,
-    columns: Any,
-    threshold: Any,
-    keep_scale: Any,
+    x_ptr: tl.tensor,  # (batch, size)
+    y_ptr: tl.tensor,
+    key_ptr: tl.tensor,  # (batch,) int32
+    size: tl.tensor,
+    columns: tl.tensor,
+    threshold: tl.tensor,
+    keep_scale: tl.tensor,
     ELEMENTS: tl.constexpr,
 ) -> None:
     """Write x with dropped elements 0 and kept ones scaled, ELEMENTS of one sample."""
@@ -70,13 +70,13 @@ def dropout_kernel(
 
 
 @triton.jit
-def kept(row_keys: Any, columns: Any, threshold: Any) -> Any:
+def kept(row_keys: tl.tensor, columns: tl.tensor, threshold: tl.tensor) -> tl.tensor:
     """Return dropout.keep_mask: the top 24 bits of the hash are at least the threshold."""
     return (combine(row_keys, columns) >> 8).to(tl.int32) >= threshold
 
 
 @triton.jit
-def combine(key: Any, counter: Any) -> Any:
+def combine(key: tl.tensor, counter: tl.tensor) -> tl.tensor:
     """Return dropout.combine in uint32: mix(key + (counter + 1) · stride)."""
     x = key + (counter.to(tl.uint32) + 1) * _STRIDE
     x ^= x >> 16

@@ -1,0 +1,448 @@
+"""The Triton kernels of block-sparse attention: forward, dQ by rows, dK and dV by columns.
+
+A program owns OWN tokens of one block (queries in the first two kernels, keys in the third) and
+walks over the block's kept partners, TILE tokens at a time: a part of a block, a block, or several
+blocks gathered. Scores are in base 2: log2(e) is part of their scale. The backward pass draws the
+probabilities again from the saved log-sum-exp. No atomics, so the same inputs give the same bits.
+An argument that is None is compiled out: padding_ptr without padding, dropout_ptr without dropout.
+
+Shape suffixes: B batch, H heads, L queries, M keys, O own tokens, T tokens of a tile, D head_dim
+padded to a power of two. A (B, H, L, head_dim) tensor is a tuple here: pointer and strides of
+batch, head and token in elements; the stride of head_dim is 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spion_ds.attention.triton_dropout import combine, kept
+
+# Below every score yet finite, so that a row that has met no key yet is no special case.
+_LOWEST = tl.constexpr(-1.0e30)
+# A token position past the end of every sequence.
+_NOWHERE = tl.constexpr(2**31 - 1)
+
+# Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
+# length then needs no other kernel.
+_DATA = ["row_ptr", "col_idx", "col_ptr", "row_idx", "col_order", "padding_ptr", "seen_ptr"]
+_DATA += ["dropout_ptr", "threshold"]
+_DATA += ["num_rows", "num_cols", "batch", "heads", "queries", "keys"]
+
+
+@triton.jit(do_not_specialize=_DATA)
+def block_sparse_attention_fwd_kernel(
+    q: tl.tuple,
+    k: tl.tuple,
+    v: tl.tuple,
+    out: tl.tuple,
+    lse_ptr: tl.tensor,  # (B, H, num_rows * BLOCK), +inf past L
+    row_ptr: tl.tensor,
+    col_idx: tl.tensor,
+    seen_ptr: tl.tensor,  # (B, M) int32 real keys up to and including each; or None
+    padding_ptr: tl.tensor,  # (B, M) bytes, 1 = real token, or None
+    dropout_ptr: tl.tensor,  # (B,) int32 keys, or None
+    threshold: tl.tensor,  # keep_threshold(p)
+    dropout_scale: tl.tensor,  # 1 / (1 - p)
+    num_rows: tl.tensor,
+    heads: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale_log2: tl.tensor,  # above 0
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRUNED_ZERO: tl.constexpr,
+) -> None:
+    """Write the output and the base-2 log-sum-exp of OWN queries of one head."""
+    parts: tl.constexpr = BLOCK // OWN
+    part = tl.program_id(0) % (num_rows * parts)
+    bh = tl.program_id(0) // (num_rows * parts)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    own, lane_O = part * OWN, tl.arange(0, OWN)
+    rows_O = own + lane_O
+    layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + part // parts
+    start, stop = tl.load(layout_row), tl.load(layout_row + 1)
+
+    q_OD = _load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    if padding_ptr is not None:
+        padding_ptr += b * keys
+    if dropout_ptr is not None:
+        row_keys_O = _row_keys(tl.load(dropout_ptr + b), h, rows_O)
+
+    top_O = tl.full((OWN,), _LOWEST, tl.float32)  # of the unscaled scores
+    total_O = tl.zeros((OWN,), tl.float32)
+    masked_O = tl.zeros((OWN,), tl.int32)  # entries of kept blocks that do not exist
+    out_OD = tl.zeros((OWN, D), tl.float32)
+    tiles = _tile_count(stop - start, BLOCK, TILE)
+    plain = tl.maximum(tiles - TAIL, 0)
+    for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
+        # The last tiles may hold keys past the sequence or the list, and, under CAUSAL, past the
+        # queries; the ones before them only padding.
+        for tile in range(plain if ends else 0, tiles if ends else plain):
+            first, others_T = _partners(col_idx, start, stop, tile, BLOCK, TILE)
+            k_TD = _load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            v_TD = _load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            tokens_T = first + others_T
+            scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
+            if ends or padding_ptr is not None:
+                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL and ends)
+                scores_OT = tl.where(allowed_OT, scores_OT, float("-inf"))
+                if PRUNED_ZERO:
+                    masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)
+            new_top_O = tl.maximum(top_O, tl.max(scores_OT, axis=1))
+            shift_O = new_top_O * scale_log2
+            shrink_O = tl.exp2(top_O * scale_log2 - shift_O)
+            weights_OT = tl.exp2(scores_OT * scale_log2 - shift_O[:, None])
+            total_O = total_O * shrink_O + tl.sum(weights_OT, axis=1)
+            if dropout_ptr is not None:
+                keep_OT = kept(row_keys_O[:, None], tokens_T[None, :], threshold)
+                weights_OT = tl.where(keep_OT, weights_OT, 0.0)
+            out_OD = out_OD * shrink_O[:, None]
+            out_OD = tl.dot(weights_OT.to(v_TD.dtype), v_TD, out_OD, input_precision=PRECISION)
+            top_O = new_top_O
+
+    has_any_O = total_O > 0.0
+    shift_O = tl.where(has_any_O, top_O * scale_log2, 0.0)
+    if PRUNED_ZERO:
+        valid = tl.minimum(rows_O + 1, keys) if CAUSAL else keys
+        if padding_ptr is not None:
+            valid = tl.load(seen_ptr + b * keys + valid - 1)
+        pruned_O = (valid - (tiles * TILE - masked_O)).to(tl.float32)
+        # A pruned entry is a logit 0, so the shift is at least 0 where there is one.
+        new_shift_O = tl.where(pruned_O > 0.0, tl.maximum(shift_O, 0.0), shift_O)
+        shrink_O = tl.exp2(shift_O - new_shift_O)
+        total_O = total_O * shrink_O + pruned_O * tl.exp2(-tl.maximum(new_shift_O, 0.0))
+        out_OD = out_OD * shrink_O[:, None]
+        shift_O = new_shift_O
+    total_O = tl.where(has_any_O, total_O, 1.0)
+    out_OD = out_OD / total_O[:, None]
+    if dropout_ptr is not None:
+        out_OD = out_OD * dropout_scale
+    # +inf makes every exp2(score - lse) 0 in the backward pass.
+    has_any_O = has_any_O & (rows_O < queries)
+    lse_O = tl.where(has_any_O, shift_O + tl.log2(total_O), float("inf"))
+    tl.store(lse_ptr + (b * heads + h) * num_rows * BLOCK + rows_O, lse_O)
+    _store_tokens(out, b, h, own, lane_O, queries, out_OD, HEAD_DIM, D)
+
+
+@triton.jit(do_not_specialize=_DATA)
+def block_sparse_attention_bwd_dq_kernel(
+    q: tl.tuple,
+    k: tl.tuple,
+    v: tl.tuple,
+    grad: tl.tuple,
+    out: tl.tuple,
+    dq: tl.tuple,
+    lse_ptr: tl.tensor,  # (B, H, num_rows * BLOCK)
+    delta_ptr: tl.tensor,  # (B, H, num_rows * BLOCK), written here
+    row_ptr: tl.tensor,
+    col_idx: tl.tensor,
+    padding_ptr: tl.tensor,
+    dropout_ptr: tl.tensor,
+    threshold: tl.tensor,
+    dropout_scale: tl.tensor,
+    num_rows: tl.tensor,
+    heads: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    scale_log2: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+) -> None:
+    """Write dQ and delta, the row sums of dO * O, of OWN queries of one head."""
+    parts: tl.constexpr = BLOCK // OWN
+    part = tl.program_id(0) % (num_rows * parts)
+    bh = tl.program_id(0) // (num_rows * parts)
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    own, lane_O = part * OWN, tl.arange(0, OWN)
+    rows_O = own + lane_O
+    layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + part // parts
+    start, stop = tl.load(layout_row), tl.load(layout_row + 1)
+
+    q_OD = _load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    out_OD = _load_tokens(out, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    grad_OD = _load_tokens(grad, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    delta_O = tl.sum(out_OD.to(tl.float32) * grad_OD.to(tl.float32), axis=1)
+    row_sums = (b * heads + h) * num_rows * BLOCK + rows_O
+    tl.store(delta_ptr + row_sums, delta_O)
+    lse_O = tl.load(lse_ptr + row_sums)
+    if padding_ptr is not None:
+        padding_ptr += b * keys
+    if dropout_ptr is not None:
+        row_keys_O = _row_keys(tl.load(dropout_ptr + b), h, rows_O)
+
+    dq_OD = tl.zeros((OWN, D), tl.float32)
+    tiles = _tile_count(stop - start, BLOCK, TILE)
+    plain = tl.maximum(tiles - TAIL, 0)
+    for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
+        for tile in range(plain if ends else 0, tiles if ends else plain):
+            first, others_T = _partners(col_idx, start, stop, tile, BLOCK, TILE)
+            k_TD = _load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            v_TD = _load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            tokens_T = first + others_T
+            scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
+            probs_OT = tl.exp2(scores_OT * scale_log2 - lse_O[:, None])
+            if ends or padding_ptr is not None:
+                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL and ends)
+                probs_OT = tl.where(allowed_OT, probs_OT, 0.0)
+            dprobs_OT = tl.dot(grad_OD, tl.trans(v_TD), input_precision=PRECISION)
+            if dropout_ptr is not None:
+                keep_OT = kept(row_keys_O[:, None], tokens_T[None, :], threshold)
+                dprobs_OT = tl.where(keep_OT, dprobs_OT * dropout_scale, 0.0)
+            dscores_OT = probs_OT * (dprobs_OT - delta_O[:, None])
+            dq_OD = tl.dot(dscores_OT.to(k_TD.dtype), k_TD, dq_OD, input_precision=PRECISION)
+    _store_tokens(dq, b, h, own, lane_O, queries, dq_OD * scale, HEAD_DIM, D)
+
+
+@triton.jit(do_not_specialize=_DATA)
+def block_sparse_attention_bwd_dkv_kernel(
+    q: tl.tuple,
+    k: tl.tuple,
+    v: tl.tuple,
+    grad: tl.tuple,
+    dk: tl.tuple,
+    dv: tl.tuple,
+    lse_ptr: tl.tensor,  # (B, H, num_rows * BLOCK)
+    delta_ptr: tl.tensor,  # (B, H, num_rows * BLOCK)
+    col_ptr: tl.tensor,
+    row_idx: tl.tensor,
+    col_order: tl.tensor,
+    padding_ptr: tl.tensor,
+    dropout_ptr: tl.tensor,
+    threshold: tl.tensor,
+    dropout_scale: tl.tensor,
+    batch: tl.tensor,
+    num_cols: tl.tensor,
+    heads: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    scale_log2: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+) -> None:
+    """Write dK and dV of OWN keys of one kv head, summed over its GROUP query heads in order."""
+    parts: tl.constexpr = BLOCK // OWN
+    kv_heads = heads // GROUP
+    bh, rank = _launch_place(col_order, tl.program_id(0) // parts, num_cols, batch * kv_heads)
+    b, kv_head = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
+    column = tl.load(col_order + (kv_head * GROUP * (num_cols + 1) if PER_HEAD else 0) + rank)
+    own, lane_O = column * BLOCK + (tl.program_id(0) % parts) * OWN, tl.arange(0, OWN)
+    own_O = own + lane_O
+
+    k_OD = _load_tokens(k, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
+    v_OD = _load_tokens(v, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
+    dk_OD = tl.zeros((OWN, D), tl.float32)
+    dv_OD = tl.zeros((OWN, D), tl.float32)
+    padded = tl.cdiv(queries, BLOCK) * BLOCK
+    for member in range(0, GROUP):
+        h = kv_head * GROUP + member
+        layout_column = col_ptr + (h * (num_cols + 1) if PER_HEAD else 0) + column
+        start, stop = tl.load(layout_column), tl.load(layout_column + 1)
+        row_sums = (b * heads + h) * padded
+        if dropout_ptr is not None:
+            dropout_key = tl.load(dropout_ptr + b)
+        tiles = _tile_count(stop - start, BLOCK, TILE)
+        plain = tl.maximum(tiles - TAIL, 0)
+        for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
+            for tile in range(plain if ends else 0, tiles if ends else plain):
+                first, others_T = _partners(row_idx, start, stop, tile, BLOCK, TILE)
+                q_TD = _load_tokens(q, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                grad_TD = _load_tokens(grad, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                rows_T = first + others_T
+                # Rows that do not exist have lse = +inf, so probability 0.
+                if ends:
+                    exists_T = rows_T < padded
+                    lse_T = tl.load(lse_ptr + row_sums + rows_T, mask=exists_T, other=float("inf"))
+                    delta_T = tl.load(delta_ptr + row_sums + rows_T, mask=exists_T, other=0.0)
+                else:
+                    lse_T = tl.load(lse_ptr + row_sums + first + others_T)
+                    delta_T = tl.load(delta_ptr + row_sums + first + others_T)
+                scores_OT = tl.dot(k_OD, tl.trans(q_TD), input_precision=PRECISION)
+                probs_OT = tl.exp2(scores_OT * scale_log2 - lse_T[None, :])
+                if CAUSAL:
+                    probs_OT = tl.where(own_O[:, None] <= rows_T[None, :], probs_OT, 0.0)
+                dprobs_OT = tl.dot(v_OD, tl.trans(grad_TD), input_precision=PRECISION)
+                dropped_OT = probs_OT
+                if dropout_ptr is not None:
+                    row_keys_T = _row_keys(dropout_key, h, rows_T)
+                    keep_OT = kept(row_keys_T[None, :], own_O[:, None], threshold)
+                    dprobs_OT = tl.where(keep_OT, dprobs_OT * dropout_scale, 0.0)
+                    dropped_OT = tl.where(keep_OT, probs_OT * dropout_scale, 0.0)
+                dropped_OT = dropped_OT.to(v_OD.dtype)
+                dv_OD = tl.dot(dropped_OT, grad_TD, dv_OD, input_precision=PRECISION)
+                dscores_OT = (probs_OT * (dprobs_OT - delta_T[None, :])).to(q_TD.dtype)
+                dk_OD = tl.dot(dscores_OT, q_TD, dk_OD, input_precision=PRECISION)
+    if padding_ptr is not None:
+        # A key's own row is all that it reaches here, so masking once at the end is enough.
+        real_O = tl.load(padding_ptr + b * keys + own_O, mask=own_O < keys, other=0) != 0
+        dk_OD = tl.where(real_O[:, None], dk_OD, 0.0)
+        dv_OD = tl.where(real_O[:, None], dv_OD, 0.0)
+    _store_tokens(dk, b, kv_head, own, lane_O, keys, dk_OD * scale, HEAD_DIM, D)
+    _store_tokens(dv, b, kv_head, own, lane_O, keys, dv_OD, HEAD_DIM, D)
+
+
+@triton.jit
+def _launch_place(
+    col_order: tl.tensor, place: tl.tensor, num_cols: tl.tensor, copies: tl.tensor
+) -> tl.tuple:
+    """Return (sample and head, rank in the order of columns) of the ``place``-th column launched.
+
+    First the hot columns of all heads, so that none is left for the end; then the rest head by
+    head, so that a head's queries and gradients are in the cache while its columns need them.
+    """
+    hot = tl.load(col_order + num_cols)
+    rest = place - hot * copies
+    bh = tl.where(rest < 0, place % copies, rest // tl.maximum(num_cols - hot, 1))
+    rank = tl.where(rest < 0, place // copies, hot + rest % tl.maximum(num_cols - hot, 1))
+    return bh, rank
+
+
+@triton.jit
+def _tile_count(blocks: tl.tensor, BLOCK: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+    """Return how many tiles hold ``blocks`` kept blocks."""
+    return blocks * (BLOCK // TILE) if TILE <= BLOCK else tl.cdiv(blocks, TILE // BLOCK)
+
+
+@triton.jit
+def _partners(
+    indices: tl.tensor,
+    start: tl.tensor,
+    stop: tl.tensor,
+    tile: tl.tensor,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tuple:
+    """Return the first token of a tile and the further ones relative to it, (TILE,).
+
+    A tile of several gathered blocks has first token 0 and positions, _NOWHERE past the list.
+    """
+    lane = tl.arange(0, TILE)
+    if TILE <= BLOCK:
+        parts: tl.constexpr = BLOCK // TILE
+        first = tl.load(indices + start + tile // parts) * BLOCK + (tile % parts) * TILE
+        others = lane
+    else:
+        entry = start + tile * (TILE // BLOCK) + lane // BLOCK
+        block = tl.load(indices + entry, mask=entry < stop, other=0)
+        first = tl.zeros((), tl.int32)
+        others = tl.where(entry < stop, block * BLOCK + lane % BLOCK, _NOWHERE).to(tl.int64)
+    return first, others
+
+
+@triton.jit
+def _allowed(
+    rows_O: tl.tensor,
+    tokens_T: tl.tensor,
+    keys: tl.tensor,
+    padding_ptr: tl.tensor,
+    CAUSAL: tl.constexpr,
+) -> tl.tensor:
+    """Return which entries of a tile exist, (1, T), or (O, T) with CAUSAL."""
+    allowed_T = tokens_T < keys
+    if padding_ptr is not None:
+        allowed_T = allowed_T & (tl.load(padding_ptr + tokens_T, mask=allowed_T, other=0) != 0)
+    allowed = allowed_T[None, :]
+    if CAUSAL:
+        allowed = allowed & (tokens_T[None, :] <= rows_O[:, None])
+    return allowed
+
+
+@triton.jit
+def _load_tokens(
+    x: tl.tuple,
+    b: tl.tensor,
+    h: tl.tensor,
+    first: tl.tensor,
+    others: tl.tensor,
+    length: tl.tensor,
+    MASK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """Return the tokens ``first`` + ``others`` of head ``h``, (tokens, D), 0 past head_dim.
+
+    With MASK also 0 past the sequence; without, all tokens must be inside it.
+    """
+    pointers, column = _locate(x, b, h, first, others, D)
+    if MASK and HEAD_DIM < D:
+        mask = (first + others < length)[:, None] & (column < HEAD_DIM)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif MASK:
+        tile = tl.load(pointers, mask=(first + others < length)[:, None], other=0.0)
+    elif HEAD_DIM < D:
+        tile = tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _store_tokens(
+    x: tl.tuple,
+    b: tl.tensor,
+    h: tl.tensor,
+    first: tl.tensor,
+    others: tl.tensor,
+    length: tl.tensor,
+    values: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    """Write (tokens, D) of head ``h`` in the target's dtype, nothing past the sequence."""
+    pointers, column = _locate(x, b, h, first, others, D)
+    mask = (first + others < length)[:, None]
+    if HEAD_DIM < D:
+        mask = mask & (column < HEAD_DIM)
+    tl.store(pointers, values.to(x[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _locate(
+    x: tl.tuple,
+    b: tl.tensor,
+    h: tl.tensor,
+    first: tl.tensor,
+    others: tl.tensor,
+    D: tl.constexpr,
+) -> tl.tuple:
+    """Return pointers (tokens, D) into (pointer, strides of batch, head, token), and columns.
+
+    Offsets that can pass 2^31 elements are int64: those of gathered positions and of first tokens.
+    Those relative to a first token are not, and are the same in every tile.
+    """
+    column = tl.arange(0, D)[None, :]
+    # b and h are int64 here.
+    start = x[0] + b * x[1] + h * x[2] + first.to(tl.int64) * x[3]
+    return start + others[:, None] * x[3] + column, column
+
+
+@triton.jit
+def _row_keys(sample_key: tl.tensor, h: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """Return the dropout key of each query row, uint32."""
+    return combine(combine(sample_key.to(tl.uint32, bitcast=True), h), rows)

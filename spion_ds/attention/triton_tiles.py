@@ -1,0 +1,120 @@
+"""How each Triton kernel cuts its work, by head_dim and block; measured by benchmarks/tune_tiles.py.
+
+Taken on one H100 in bf16; docs/kernels.md says what else was tried. A wrong choice costs time,
+never correctness.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """A launch configuration.
+
+    Attributes:
+        own: tokens of a block that a program owns.
+        tile: partner tokens that it takes at a time.
+        num_warps, num_stages: Triton's.
+    """
+
+    own: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel, head_dim (up to) and block, for 16-bit floats.
+TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
+    "fwd": {
+        32: {
+            16: Tiles(16, 32, 1, 2),
+            32: Tiles(32, 32, 1, 2),
+            64: Tiles(64, 64, 4, 3),
+            128: Tiles(64, 64, 4, 3),
+        },
+        64: {
+            16: Tiles(16, 32, 1, 2),
+            32: Tiles(32, 32, 1, 2),
+            64: Tiles(64, 64, 4, 2),
+            128: Tiles(64, 64, 4, 2),
+        },
+        128: {
+            16: Tiles(16, 64, 2, 2),
+            32: Tiles(32, 64, 4, 2),
+            64: Tiles(64, 64, 4, 3),
+            128: Tiles(64, 64, 4, 3),
+        },
+        256: {
+            16: Tiles(16, 32, 4, 2),
+            32: Tiles(32, 32, 4, 2),
+            64: Tiles(64, 32, 8, 2),
+            128: Tiles(64, 32, 8, 2),
+        },
+    },
+    "dq": {
+        32: {
+            16: Tiles(16, 32, 1, 2),
+            32: Tiles(32, 32, 1, 2),
+            64: Tiles(64, 64, 4, 2),
+            128: Tiles(64, 64, 4, 2),
+        },
+        64: {
+            16: Tiles(16, 32, 1, 2),
+            32: Tiles(32, 32, 1, 2),
+            64: Tiles(64, 64, 4, 3),
+            128: Tiles(64, 64, 4, 2),
+        },
+        128: {
+            16: Tiles(16, 64, 2, 2),
+            32: Tiles(32, 64, 4, 2),
+            64: Tiles(64, 64, 4, 2),
+            128: Tiles(64, 64, 4, 2),
+        },
+        256: {
+            16: Tiles(16, 32, 4, 1),
+            32: Tiles(32, 32, 4, 1),
+            64: Tiles(64, 32, 8, 1),
+            128: Tiles(64, 32, 8, 1),
+        },
+    },
+    "dkv": {
+        32: {
+            16: Tiles(16, 32, 1, 2),
+            32: Tiles(32, 32, 2, 2),
+            64: Tiles(64, 64, 4, 1),
+            128: Tiles(64, 64, 4, 1),
+        },
+        64: {
+            16: Tiles(16, 64, 1, 2),
+            32: Tiles(32, 64, 2, 2),
+            64: Tiles(64, 64, 4, 2),
+            128: Tiles(64, 64, 4, 2),
+        },
+        128: {
+            16: Tiles(16, 64, 2, 2),
+            32: Tiles(32, 64, 4, 2),
+            64: Tiles(64, 32, 4, 2),
+            128: Tiles(64, 32, 4, 2),
+        },
+        256: {
+            16: Tiles(16, 32, 4, 1),
+            32: Tiles(32, 32, 4, 1),
+            64: Tiles(64, 32, 8, 1),
+            128: Tiles(64, 32, 8, 1),
+        },
+    },
+}
+
+MAX_HEAD_DIM = max(TABLE["fwd"])
+
+
+def choose_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Return how ``kernel`` ("fwd", "dq" or "dkv") cuts blocks of ``block`` tokens."""
+    if dtype == torch.float32:
+        # Full float32 products use no tensor cores, and hold their operands in registers.
+        return Tiles(min(block, 32), 32, 4 if head_dim <= 64 else 8, 1)
+    table = TABLE[kernel]
+    return table[next(width for width in table if head_dim <= width)][block]
