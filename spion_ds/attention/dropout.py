@@ -10,7 +10,6 @@ The hash is a 32-bit xor-shift-multiply finaliser, in wrapping int32 arithmetic.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -22,11 +21,8 @@ _MULTIPLY_2 = 0x846CA68B - 2**32
 STRIDE = 0x9E3779B9 - 2**32
 _RESOLUTION = 24
 
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is installed; it is imported only where it is used."""
-    return importlib.util.find_spec("triton") is not None
+# Triton is imported only where it is used.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def mix(x: Tensor) -> Tensor:
@@ -95,7 +91,8 @@ def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
     """
     if p == 0.0:
         return x
-    if x.is_cuda and has_triton():
+    # A compiler fuses the formula below into its neighbours.
+    if x.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
         from spion_ds.attention.triton_dropout import dropout_triton
 
         return dropout_triton(x, p, key)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spion_ds.attention.dropout import has_triton
+from spion_ds.attention.dropout import HAS_TRITON
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
@@ -82,7 +82,7 @@ def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..
     """Return the backend's function; "auto" takes the Triton kernels where they serve."""
     if backend == "reference":
         return block_sparse_attention_reference
-    if backend == "triton" or (backend == "auto" and q.is_cuda and has_triton()):
+    if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
         from spion_ds.attention import triton_backend
 
         if backend == "triton" or triton_backend.unsupported(q, layout) is None:

@@ -39,7 +39,13 @@ class BlockLayout:
     # What a backend derives from the layout once (groupings, launch orders), keyed by its name.
     plans: dict = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        # torch.compile shall not trace again for a layout that keeps more or fewer blocks.
+        for index in (self.col_idx, self.row_idx):
+            torch._dynamo.maybe_mark_dynamic(index, 0)
+
     @classmethod
+    @torch.compiler.disable  # its shapes depend on the mask's values
     def from_mask(cls, mask: Tensor, block: int) -> BlockLayout:
         """Make a layout from a mask of kept blocks, on the mask's device.
 
@@ -87,6 +93,7 @@ class BlockLayout:
         """Where the index tensors live."""
         return self.row_ptr.device
 
+    @torch.compiler.disable
     def to(self, device: torch.device | str) -> BlockLayout:
         """Return the layout on ``device`` (itself, if it is there already)."""
         if self.device == torch.device(device):

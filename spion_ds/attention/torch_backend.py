@@ -109,6 +109,7 @@ class _Backward:
         return _Backward(*(tensor[samples, heads] for tensor in tensors))
 
 
+@torch.compiler.disable
 def block_sparse_attention_torch(
     q: Tensor,
     k: Tensor,

@@ -1,4 +1,4 @@
-"""How each Triton kernel cuts its work, by head_dim and block; measured by benchmarks/tune_tiles.py.
+"""How each Triton kernel cuts its work, by head_dim and block; see benchmarks/tune_tiles.py.
 
 Taken on one H100 in bf16; docs/kernels.md says what else was tried. A wrong choice costs time,
 never correctness.

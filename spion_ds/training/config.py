@@ -18,7 +18,8 @@ from spion_ds.models import ModelConfig
 from spion_ds.patterns import DistanceRule, FixedStepRule
 from spion_ds.settings import read_dataclass, require
 from spion_ds.sparsity import SparseAttentionConfig, take_sparse_attention_block
-from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config
+from spion_ds.training.acceleration import check_acceleration
+from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
 
 RULES = ("distance", "fixed")
@@ -131,6 +132,9 @@ class TrainingConfig:
         evaluate_every: steps between two evaluations on the validation split.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest are kept, beside the best.
+        compile: whether TorchInductor compiles the training steps (ZeRO 0 to 2).
+        cuda_graph: whether the sparse phase's steps are replayed from a CUDA graph (GPU, ZeRO 0
+            to 2, one micro-batch a step).
     """
 
     steps: int = 1000
@@ -142,6 +146,8 @@ class TrainingConfig:
     evaluate_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    compile: bool = False
+    cuda_graph: bool = False
 
     def validate(self) -> None:
         """Raise ConfigError unless every value is in range."""
@@ -324,6 +330,9 @@ def _validated(
     )
     resolved, batches = resolve_deepspeed_config(
         deepspeed, config.training, config.optimizer, world_size, device_type
+    )
+    check_acceleration(
+        config.training, resolved, zero_stage(resolved), device_type, batches.accumulation
     )
     return dataclasses.replace(config, deepspeed=deepspeed, resolved=resolved, batches=batches)
 

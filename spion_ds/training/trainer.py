@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from spion_ds.attention.dropout import sample_keys
 from spion_ds.data import Dataset
 from spion_ds.errors import SpionError
 from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
 from spion_ds.training.checkpoint import (
     TrainingState,
@@ -70,6 +71,10 @@ class Trainer:
             config=config.resolved,
         )
         _clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
+
+        self.accelerated = AcceleratedForward(
+            self.model, compile=config.training.compile, cuda_graph=config.training.cuda_graph
+        )
 
         self.state = TrainingState(seed=config.training.seed)
         self.rule = config.transition.build()
@@ -140,9 +145,10 @@ class Trainer:
             )
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            logits = self.engine(
-                batch.input_ids, batch.padding_mask, keys.to(self.device, non_blocking=True)
-            ).float()
+            inputs = (batch.input_ids, batch.padding_mask, keys.to(self.device, non_blocking=True))
+            plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
+            with plain:
+                logits = self.engine(*inputs).float()
             loss = F.cross_entropy(logits, batch.labels)
             self.engine.backward(loss)
             self.engine.step()

@@ -1,0 +1,105 @@
+"""Training steps that cost the host less: compiled by TorchInductor, replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spion_ds.errors import ConfigError
+
+Forward = Callable[..., Tensor]
+
+
+class AcceleratedForward:
+    """The forward pass of plain training steps; check steps and evaluation keep the model's own.
+
+    Args:
+        model: the module that trains, already on its device; its parameters stay as they are.
+        compile: whether TorchInductor compiles it; it does so at the first step of each phase.
+        cuda_graph: whether the sparse phase is captured at its first step, forward and backward,
+            and replayed from then on. Shapes must then stay the same.
+        backend: of torch.compile.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, compile: bool, cuda_graph: bool, backend: str = "inductor"
+    ) -> None:
+        self.model, self.cuda_graph = model, cuda_graph
+        self._forward: Forward | None = None
+        if compile:
+            self._forward = torch.compile(_Own(model), dynamic=False, backend=backend)
+        self._captured = False
+
+    @contextmanager
+    def step(self, sparse: bool, inputs: tuple[Tensor, ...]) -> Iterator[None]:
+        """Let the model's forward be the accelerated one inside the context.
+
+        Args:
+            sparse: whether the model is in its sparse phase.
+            inputs: what the model is about to be called with; the graph is captured with these.
+        """
+        if sparse and self.cuda_graph and not self._captured:
+            self._capture(inputs)
+        if self._forward is None:
+            yield
+            return
+        # Past nn.Module's own attributes, which would make a submodule of it.
+        vars(self.model)["forward"] = self._forward
+        try:
+            yield
+        finally:
+            del vars(self.model)["forward"]
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        module = _Own(self.model, self._forward)
+        torch.cuda.make_graphed_callables(module, inputs)  # replaces module.forward
+        # The graph writes gradients to the same memory at every replay: what a parameter keeps
+        # must be a copy.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(torch.clone)
+        self._forward, self._captured = module, True
+
+
+class _Own(nn.Module):
+    """Calls the class's forward of a model, or ``forward``, whatever the instance's forward is."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._run = forward
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self._run is not None:
+            return self._run(*inputs)
+        return type(self.model).forward(self.model, *inputs)
+
+
+def check_acceleration(
+    training: Any, deepspeed: dict[str, Any], stage: int, device_type: str, accumulation: int
+) -> None:
+    """Raise ConfigError unless ``training.compile`` and ``.cuda_graph`` can work in this run."""
+    for name in ("compile", "cuda_graph"):
+        if getattr(training, name) and stage == 3:
+            raise ConfigError(
+                f"training.{name} is true at ZeRO stage 3, which gathers parameters in the middle "
+                "of a forward pass; allowed: stages 0, 1 and 2"
+            )
+    if not training.cuda_graph:
+        return
+    if device_type != "cuda":
+        raise ConfigError("training.cuda_graph is true on a CPU; allowed: on a GPU only")
+    if accumulation > 1:
+        raise ConfigError(
+            f"training.cuda_graph is true with {accumulation} accumulation steps; allowed: 1, "
+            "i.e. a micro-batch that is the rank's whole share"
+        )
+    if deepspeed.get("torch_autocast", {}).get("enabled", False):
+        raise ConfigError(
+            "training.cuda_graph is true with DeepSpeed's torch_autocast; allowed: "
+            "training.precision bf16, fp16 or fp32 without it"
+        )
