@@ -99,7 +99,7 @@ def block_sparse_attention_fwd_kernel(
                     masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)
             new_top_O = tl.maximum(top_O, tl.max(scores_OT, axis=1))
             shift_O = new_top_O * scale_log2
-            shrink_O = tl.exp2(top_O * scale_log2 - shift_O)
+            shrink_O = tl.exp2((top_O - new_top_O) * scale_log2)
             weights_OT = tl.exp2(scores_OT * scale_log2 - shift_O[:, None])
             total_O = total_O * shrink_O + tl.sum(weights_OT, axis=1)
             if dropout_ptr is not None:
