@@ -113,6 +113,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | N
             f"key_padding_mask is bool {expected}, True = real token; got "
             f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
         )
+    if key_padding_mask.device != q.device:
+        raise ConfigError(f"key_padding_mask is on {key_padding_mask.device}, q on {q.device}")
 
 
 def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> None:
@@ -154,4 +156,6 @@ def _check_dropout_key(dropout_key: Tensor | None, q: Tensor) -> Tensor:
             f"dropout_key is int32 ({q.shape[0]},), one key a sample; got {dropout_key.dtype} "
             f"{tuple(dropout_key.shape)}"
         )
+    if dropout_key.device != q.device:
+        raise ConfigError(f"dropout_key is on {dropout_key.device}, q on {q.device}")
     return dropout_key

@@ -60,7 +60,7 @@ class BlockLayout:
             raise ConfigError(
                 f"a block mask is (n, m) or (heads, n, m) and not empty; got {tuple(mask.shape)}"
             )
-        if not isinstance(block, int) or block < 1:
+        if not isinstance(block, int) or isinstance(block, bool) or block < 1:
             raise ConfigError(f"block is {block!r}; allowed: a whole number from 1 up")
         if not torch.all((mask == 0) | (mask == 1)):
             raise ConfigError("a block mask holds only True and False (or 1 and 0)")

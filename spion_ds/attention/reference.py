@@ -41,14 +41,15 @@ def block_sparse_attention_reference(
     scores_BHLM = scores_BHLM.masked_fill(~kept_BHLM, float("-inf"))
     # A constant shift, so it carries no gradient; 0 where a row keeps nothing.
     shift_BHL1 = scores_BHLM.detach().amax(dim=-1, keepdim=True)
-    if pruned == "zero":
-        shift_BHL1 = shift_BHL1.clamp(min=0.0)
     shift_BHL1 = shift_BHL1.masked_fill(shift_BHL1 == float("-inf"), 0.0)
+    pruned_BHL1 = (valid_BHLM & ~kept_BHLM).sum(dim=-1, keepdim=True)
+    if pruned == "zero":
+        # At least the logit 0 of a pruned entry, in the rows that have one.
+        shift_BHL1 = torch.where(pruned_BHL1 > 0, shift_BHL1.clamp(min=0.0), shift_BHL1)
     weights_BHLM = (scores_BHLM - shift_BHL1).exp()
     total_BHL1 = weights_BHLM.sum(dim=-1, keepdim=True)
     if pruned == "zero":
-        pruned_BHL1 = (valid_BHLM & ~kept_BHLM).sum(dim=-1, keepdim=True)
-        total_BHL1 = total_BHL1 + pruned_BHL1 * (-shift_BHL1).exp()
+        total_BHL1 = total_BHL1 + pruned_BHL1 * (-shift_BHL1.clamp(min=0.0)).exp()
     probs_BHLM = weights_BHLM / total_BHL1.masked_fill(total_BHL1 == 0.0, 1.0)
 
     if dropout_p > 0.0:

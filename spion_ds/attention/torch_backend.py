@@ -195,13 +195,16 @@ def _forward_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
     if allowed is not None:
         scores = scores.masked_fill_(~allowed, float("-inf"))
     top = scores.amax(dim=-1, keepdim=True)
-    if settings.pruned == "zero":
-        top = top.clamp(min=0.0)
     top = top.masked_fill(top == float("-inf"), 0.0)
+    pruned = None
+    if settings.pruned == "zero":
+        pruned = _pruned_count(x, group, allowed, settings)
+        # At least the logit 0 of a pruned entry, in the rows that have one.
+        top = torch.where(pruned > 0, top.clamp(min=0.0), top)
     total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
     keeps_any = total > 0.0
-    if settings.pruned == "zero":
-        total = total + _pruned_count(x, group, allowed, settings) * (-top).exp()
+    if pruned is not None:
+        total = total + pruned * (-top.clamp(min=0.0)).exp()
     probs = scores.div_(total.masked_fill(total == 0.0, 1.0))
     if settings.dropout_p > 0.0:
         probs = probs.mul_(_dropout_factor(x, group, settings, rows_are_members=True))
@@ -255,7 +258,7 @@ def _dkv_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
 
 def _pruned_count(
     x: _Operands, group: _Group, allowed: Tensor | None, settings: _Settings
-) -> Tensor | int:
+) -> Tensor:
     """Return how many valid keys each query row does not keep, broadcastable to (B, H, G, b, 1)."""
     queries, tokens = x.q.shape[2], x.k.shape[2]
     kept: Tensor | int = group.partners.shape[1] * settings.block
@@ -270,7 +273,7 @@ def _pruned_count(
         return _take(seen, group.members, settings.block) - kept
     if x.valid is not None:
         return x.valid.sum(dim=1)[:, None, None, None, None] - kept
-    return tokens - kept
+    return torch.full((), tokens, device=x.q.device) - kept
 
 
 def _allowed(

@@ -1,0 +1,202 @@
+"""The sparse_attention block: taken out, read strictly, and found when its name is misspelt."""
+
+from __future__ import annotations
+
+import pytest
+
+from spion_ds.errors import ConfigError
+from spion_ds.settings import read_dataclass
+from spion_ds.sparsity import (
+    DenseSparsityConfig,
+    SparseAttentionConfig,
+    SpionSparsityConfig,
+    take_sparse_attention_block,
+)
+
+LENGTH = 2048
+
+
+def read(**block) -> SparseAttentionConfig:
+    return read_dataclass(SparseAttentionConfig, block, "sparse_attention")
+
+
+def test_the_block_is_taken_out_and_the_rest_stays():
+    block = {"mode": "spion", "block": 32}
+    config = {"train_batch_size": 8, "sparse_attention": block, "bf16": {"enabled": True}}
+    assert take_sparse_attention_block(config) == block
+    assert config == {"train_batch_size": 8, "bf16": {"enabled": True}}
+    assert take_sparse_attention_block(config) is None
+    assert take_sparse_attention_block({}) is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sparse_atention",
+        "sparseAttention",
+        "sparse-attention",
+        "sparce_attention",
+        "Sparse_Attention",
+        "SPARSE_ATTENTION",
+        "sparse attention",
+        "sparse_attentions",
+        "sparse_attenton",
+        "spare_attention",
+        "sprase_attention",
+        "sparse_attn",
+        "sparseattention",
+        "_sparse_attention",
+        "sparse_attention_",
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_misspelt_name_is_an_error_that_offers_the_right_one(key, beside):
+    config = {"train_batch_size": 8, key: {"mode": "spion"}}
+    config |= {"sparse_attention": {"mode": "dense"}} if beside else {}
+    before = dict(config)
+    with pytest.raises(ConfigError, match=f"'{key}'.*did you mean 'sparse_attention'"):
+        take_sparse_attention_block(config)
+    assert config == before
+
+
+# Top-level keys of DeepSpeed's documentation, and the nearest that others might put beside them.
+DEEPSPEED_KEYS = [
+    "activation_checkpointing",
+    "attention",
+    "autotuning",
+    "bf16",
+    "checkpoint",
+    "communication_data_type",
+    "compression_training",
+    "curriculum_learning",
+    "data_efficiency",
+    "data_types",
+    "elasticity",
+    "flops_profiler",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "hybrid_engine",
+    "monitor_config",
+    "optimizer",
+    "pipeline",
+    "prescale_gradients",
+    "scheduler",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensor_parallel",
+    "tensorboard",
+    "torch_autocast",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_optimization",
+]
+
+
+@pytest.mark.parametrize("key", DEEPSPEED_KEYS)
+def test_deepspeeds_own_keys_are_let_through(key):
+    config = {key: {}, "sparse_attention": {"mode": "spion"}}
+    assert take_sparse_attention_block(config) == {"mode": "spion"}
+    assert config == {key: {}}
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        (
+            {"blok": 64},
+            "unknown key 'sparse_attention.blok'.*did you mean 'sparse_attention.block'",
+        ),
+        ({"num_local_blocks": 4}, "unknown key 'sparse_attention.num_local_blocks'.*known: .*mode"),
+        ({"block": "64"}, "sparse_attention.block is '64'; wanted: a whole number"),
+        ({"block": True}, "sparse_attention.block is True"),
+        ({"block": 16.0}, "sparse_attention.block is 16.0"),
+        ({"alpha": "high"}, "sparse_attention.alpha is 'high'; wanted: a number"),
+        ({"mode": None}, "sparse_attention.mode is None; wanted: text"),
+        ({"different_layout_per_head": 0}, "per_head is 0; wanted: true or false"),
+        ("spion", "sparse_attention is 'spion'; a mapping is wanted"),
+        ([], "a mapping is wanted"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(block, words):
+    with pytest.raises(ConfigError, match=words):
+        take_sparse_attention_block({"sparse_attention": block})
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"mode": "sparse"}, "unknown sparse_attention.mode 'sparse'.*known: dense, spion"),
+        ({"mode": "Spion"}, "mode 'Spion'.*did you mean 'spion'"),
+        ({"block": 48}, "sparse_attention.block is 48; allowed: 16, 32, 64 or 128"),
+        ({"block": 0}, "sparse_attention.block is 0"),
+        ({"variant": "fc"}, "unknown sparse_attention.variant 'fc'.*known: c, cf, f"),
+        ({"alpha": 0.0}, "sparse_attention.alpha is 0.0; allowed: between 0 and 1"),
+        ({"alpha": 98.0}, "sparse_attention.alpha is 98.0"),
+        ({"density": 0.0}, "sparse_attention.density is 0.0; allowed: above 0"),
+        ({"density": 1.5}, "sparse_attention.density is 1.5"),
+        ({"filter_size": 30}, "sparse_attention.filter_size is 30; allowed: odd"),
+        ({"filter_size": -1}, "sparse_attention.filter_size is -1"),
+        ({"pruned": "none"}, "unknown sparse_attention.pruned mode 'none'.*known: excluded, zero"),
+        (
+            {"different_layout_per_head": True},
+            "sparse_attention.different_layout_per_head is True; allowed: false",
+        ),
+        # 32 blocks a side: the diagonal alone is 1/32 = 0.03125 of them.
+        (
+            {"variant": "c", "density": 0.03},
+            "density is 0.03; allowed: 0.0312 .the diagonal of 32×32 blocks alone. to 1",
+        ),
+    ],
+)
+def test_values_out_of_range_are_named(block, words):
+    with pytest.raises(ConfigError, match=words):
+        read(**block).validate(LENGTH)
+
+
+def test_a_block_longer_than_the_input_is_named():
+    read(block=64).validate(64)
+    with pytest.raises(ConfigError, match="block is 64; allowed: at most the sequence length, 50"):
+        read(block=64).validate(50)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {},
+        {"mode": "dense"},
+        {"block": 128, "variant": "f", "alpha": 0.99},
+        {"block": 16, "variant": "c", "density": 1, "filter_size": 1},
+        {"variant": "cf", "density": 0.001},  # flood fill does not use it
+        {"pruned": "excluded"},
+    ],
+)
+def test_what_is_allowed_is_accepted(block):
+    read(**block).validate(LENGTH)
+
+
+def test_defaults_are_those_of_the_class():
+    defaults, built = SparseAttentionConfig(), SpionSparsityConfig(2)
+    for name in (
+        "block",
+        "variant",
+        "alpha",
+        "density",
+        "filter_size",
+        "different_layout_per_head",
+    ):
+        assert getattr(defaults, name) == getattr(built, name)
+
+
+def test_every_layer_gets_a_configuration_of_its_own():
+    block = read(block=32, variant="c", alpha=0.9, density=0.2, filter_size=5)
+    first, second = block.build(4), block.build(4)
+    assert type(first) is SpionSparsityConfig
+    assert first is not second
+    assert (first.num_heads, first.block, first.variant) == (4, 32, "c")
+    assert (first.alpha, first.density, first.filter_size) == (0.9, 0.2, 5)
+    dense = read(mode="dense", block=16).build(4)
+    assert type(dense) is DenseSparsityConfig
+    assert (dense.num_heads, dense.block) == (4, 16)
