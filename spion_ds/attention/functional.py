@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ def block_sparse_attention(
     """Return attention restricted to the layout's blocks, (batch, heads, L, head_dim).
 
     Args:
-        q: (batch, heads, L, head_dim), bf16, fp16, fp32 or fp64, contiguous or strided.
+        q: (batch, heads, L, head_dim), bf16, fp16, fp32 or fp64, contiguous or strided. Under
+            autocast q, k and v are cast to its dtype first, as in scaled_dot_product_attention.
         k, v: (batch, kv_heads, M, head_dim) in q's dtype; kv_heads divides heads.
         layout: kept blocks; ceil(L / block) rows and ceil(M / block) columns, for all heads or
             one layout a head. A query row that keeps nothing gives zeros and zero gradients.
@@ -64,18 +66,24 @@ def block_sparse_attention(
         raise ConfigError(f"dropout_p is {dropout_p}; allowed: 0 up to, not including, 1")
     if dropout_p > 0.0:
         dropout_key = _check_dropout_key(dropout_key, q)
-    return _implementation(backend, q, layout)(
-        q,
-        k,
-        v,
-        layout,
-        key_padding_mask=key_padding_mask,
-        causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        pruned=pruned,
-        dropout_p=dropout_p,
-        dropout_key=dropout_key,
-    )
+    autocast = torch.is_autocast_enabled(q.device.type)
+    if autocast:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    # A backend chooses the precision of its products itself.
+    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
+        return _implementation(backend, q, layout)(
+            q,
+            k,
+            v,
+            layout,
+            key_padding_mask=key_padding_mask,
+            causal=causal,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            pruned=pruned,
+            dropout_p=dropout_p,
+            dropout_key=dropout_key,
+        )
 
 
 def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:

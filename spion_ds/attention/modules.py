@@ -45,19 +45,27 @@ class SparseSelfAttention(nn.Module):
         self._pattern: Tensor | None = None
 
     def layout(self, length: int, device: torch.device) -> BlockLayout | None:
-        """Return the layout for ``length`` tokens on ``device``, None while it is dense."""
+        """Return the layout for ``length`` tokens on ``device``, None while it is dense.
+
+        It is derived at the first call after a new pattern. torch.compile cannot trace that: with
+        fullgraph=True call this once before.
+        """
         pattern = getattr(self.sparsity_config, "pattern", None)
         if pattern is not self._pattern:
             self._layouts.clear()
             self._pattern = pattern
         if (length, device) not in self._layouts:
-            block = self.sparsity_config.block
-            mask = self.sparsity_config.make_layout(-(-length // block) * block).bool()
-            shared = not self.sparsity_config.different_layout_per_head
-            dense = bool(mask.all())
-            layout = None if dense else BlockLayout.from_mask(mask[0] if shared else mask, block)
-            self._layouts[length, device] = None if layout is None else layout.to(device)
+            self._layouts[length, device] = self._derive(length, device)
         return self._layouts[length, device]
+
+    @torch.compiler.disable
+    def _derive(self, length: int, device: torch.device) -> BlockLayout | None:
+        block = self.sparsity_config.block
+        mask = self.sparsity_config.make_layout(-(-length // block) * block).bool()
+        if bool(mask.all()):
+            return None
+        shared = not self.sparsity_config.different_layout_per_head
+        return BlockLayout.from_mask(mask[0] if shared else mask, block).to(device)
 
     def forward(
         self,

@@ -80,6 +80,7 @@ class Trainer:
         self.rule = config.transition.build()
         if resume is not None:
             self._resume(resume)
+        self._derive_layouts()
         configs = [attention.sparsity_config for attention in self.model.attentions]
         self.coordinator = Coordinator(
             self.rule,
@@ -175,6 +176,7 @@ class Trainer:
             )
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
+            self._derive_layouts()
             state.masks, state.switch_step = decision.masks, state.step
             # Sparse checkpoints compete among themselves: a dense one is another model.
             state.best_step, state.best_accuracy = None, -1.0
@@ -185,6 +187,11 @@ class Trainer:
             shown = ", ".join(f"{density:.1%}" for density in densities)
             self.log.say(f"step {state.step}: switched to sparse attention; densities {shown}")
         self.log.pictures(state.step, decision.maps, decision.masks)
+
+    def _derive_layouts(self) -> None:
+        """Make the layouts now: a compiled step could not."""
+        for attention in self.model.attentions:
+            attention.layout(self.config.data.sequence_length, self.device)
 
     def _log_row(self, phase: str) -> None:
         """Average what was counted since the last row over all ranks, and write it down."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
-from spion_ds.attention.dropout import has_triton
+from spion_ds.attention.dropout import HAS_TRITON
 
 BLOCKS = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 48, 64, 80, 128, 256)
@@ -46,7 +46,7 @@ FEATURES: dict[str, Sequence[Any]] = {
 
 def why_no_triton() -> str | None:
     """What is missing for the triton backend, None if nothing is."""
-    if not has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "no CUDA device, and TRITON_INTERPRET is set to something else than 1"

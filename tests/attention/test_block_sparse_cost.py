@@ -77,6 +77,7 @@ class Launches:
     """Stands in for a kernel: keeps what a launch would compile in, and computes nothing."""
 
     def __init__(self, kernel, data: list[str]) -> None:
+        self.__name__ = f"recorded {kernel.__name__}"
         self.signature = inspect.signature(kernel.fn)
         self.data = data
         self.compiled_in: list[dict] = []
@@ -100,12 +101,12 @@ def fixed(value):
 @needs_triton
 @pytest.mark.parametrize("case", [Case(), MIXED], ids=str)
 def test_a_new_layout_changes_nothing_that_is_compiled_in(case, device, monkeypatch):
-    from spion_ds.attention import triton_backend
+    from spion_ds.attention import triton_backend, triton_kernels
 
     kernels = {}
     for name in ("fwd", "bwd_dq", "bwd_dkv"):
         name = f"block_sparse_attention_{name}_kernel"
-        kernels[name] = Launches(getattr(triton_backend, name), triton_backend._DATA)
+        kernels[name] = Launches(getattr(triton_backend, name), triton_kernels._DATA)
         monkeypatch.setattr(triton_backend, name, kernels[name])
     inputs = make(case, SMALLER, device)
     shape = inputs.layout.to_mask().shape
