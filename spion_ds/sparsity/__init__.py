@@ -1,13 +1,23 @@
 """Which blocks are kept, in DeepSpeed's terms."""
 
+from spion_ds.sparsity.bigbird import BigBirdSparsityConfig
 from spion_ds.sparsity.block import SparseAttentionConfig, take_sparse_attention_block
 from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
+from spion_ds.sparsity.fixed import FixedSparsityConfig
+from spion_ds.sparsity.local import LocalSlidingWindowSparsityConfig
+from spion_ds.sparsity.longformer import BSLongformerSparsityConfig
 from spion_ds.sparsity.spion import SpionSparsityConfig
+from spion_ds.sparsity.variable import VariableSparsityConfig
 
 __all__ = [
+    "BSLongformerSparsityConfig",
+    "BigBirdSparsityConfig",
     "DenseSparsityConfig",
+    "FixedSparsityConfig",
+    "LocalSlidingWindowSparsityConfig",
     "SparseAttentionConfig",
     "SparsityConfig",
     "SpionSparsityConfig",
+    "VariableSparsityConfig",
     "take_sparse_attention_block",
 ]
