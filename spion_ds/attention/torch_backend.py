@@ -21,24 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spion_ds.attention.dropout import combine, keep_mask
+from spion_ds.attention.grouping import Group, group_by_degree
 from spion_ds.attention.layout import BlockLayout
 
 # Bytes of one intermediate (scores of a piece of a group): about what stays in a CPU's cache, and
 # enough to fill a GPU while staying small beside the activations.
 _PIECE_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Blocks with about the same number of partners.
-
-    members: (G,) block indices; partners: (G, S) block indices of the other side; filled: (G, S)
-    bool, which slots hold a partner, or None when all do.
-    """
-
-    members: Tensor
-    partners: Tensor
-    filled: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -185,7 +173,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _forward_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
+def _forward_piece(x: _Operands, group: Group, settings: _Settings) -> None:
     """Write the output and log-sum-exp of a group's query blocks."""
     b = settings.block
     q_BHGbD = _take(x.q, group.members, b)
@@ -214,7 +202,7 @@ def _forward_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
     _put(x.lse[..., None], group.members, row_lse, b)
 
 
-def _dq_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
+def _dq_piece(x: _Operands, group: Group, settings: _Settings) -> None:
     """Write the query gradients of a group's query blocks."""
     assert x.backward is not None
     b, members = settings.block, group.members
@@ -233,7 +221,7 @@ def _dq_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
     _put(x.backward.dq, members, _product(grad_scores.to(x.k.dtype), k_BHGTD), b)
 
 
-def _dkv_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
+def _dkv_piece(x: _Operands, group: Group, settings: _Settings) -> None:
     """Write the key and value gradients of a group's key blocks; here members are key blocks."""
     assert x.backward is not None
     b, members = settings.block, group.members
@@ -257,7 +245,7 @@ def _dkv_piece(x: _Operands, group: _Group, settings: _Settings) -> None:
 
 
 def _pruned_count(
-    x: _Operands, group: _Group, allowed: Tensor | None, settings: _Settings
+    x: _Operands, group: Group, allowed: Tensor | None, settings: _Settings
 ) -> Tensor:
     """Return how many valid keys each query row does not keep, broadcastable to (B, H, G, b, 1)."""
     queries, tokens = x.q.shape[2], x.k.shape[2]
@@ -277,7 +265,7 @@ def _pruned_count(
 
 
 def _allowed(
-    x: _Operands, group: _Group, settings: _Settings, *, rows_are_members: bool
+    x: _Operands, group: Group, settings: _Settings, *, rows_are_members: bool
 ) -> Tensor | None:
     """Return which entries of a piece exist, broadcastable to (B, H, G, b, T), None for all."""
     block, masks = settings.block, []
@@ -302,7 +290,7 @@ def _allowed(
 
 
 def _dropout_factor(
-    x: _Operands, group: _Group, settings: _Settings, *, rows_are_members: bool
+    x: _Operands, group: Group, settings: _Settings, *, rows_are_members: bool
 ) -> Tensor:
     """Return 0 for dropped entries and 1 / (1 - p) for kept ones, (B, H, G, b, T)."""
     assert x.row_keys is not None
@@ -318,7 +306,7 @@ def _dropout_factor(
     return keep.to(x.lse.dtype).mul_(1.0 / (1.0 - settings.dropout_p))
 
 
-def _positions(group: _Group, block: int) -> tuple[Tensor, Tensor]:
+def _positions(group: Group, block: int) -> tuple[Tensor, Tensor]:
     """Return the token positions of members (G, b) and of partners (G, T), int32."""
     inside = torch.arange(block, dtype=torch.int32, device=group.members.device)
     member = group.members[:, None].to(torch.int32) * block + inside
@@ -331,7 +319,7 @@ def _take(x_BHND: Tensor, members: Tensor, block: int) -> Tensor:
     return x_BHND.unflatten(2, (-1, block)).index_select(2, members)
 
 
-def _gather(x_BHND: Tensor, group: _Group, block: int) -> Tensor:
+def _gather(x_BHND: Tensor, group: Group, block: int) -> Tensor:
     """Return the partners of each member side by side, (B, H, G, T, D)."""
     slots = group.partners.shape
     if slots[1] * block == x_BHND.shape[2] and group.filled is None:
@@ -378,7 +366,7 @@ def _row_keys(settings: _Settings, dropout_key: Tensor | None, q: Tensor) -> Ten
 
 def _pieces(
     layout: BlockLayout, index: int, by: str, q_BHND: Tensor
-) -> Iterator[tuple[_Group, slice]]:
+) -> Iterator[tuple[Group, slice]]:
     """Yield groups cut into pieces (a part of the group, a part of the batch) of bounded memory."""
     batch, heads = q_BHND.shape[:2]
     budget = _PIECE_BYTES.get(q_BHND.device.type, _PIECE_BYTES["cuda"])
@@ -389,7 +377,7 @@ def _pieces(
         samples = max(1, fit // count)
         for first in range(0, count, fit):
             last = first + fit
-            piece = _Group(
+            piece = Group(
                 group.members[first:last],
                 group.partners[first:last],
                 None if group.filled is None else group.filled[first:last],
@@ -398,44 +386,11 @@ def _pieces(
                 yield piece, slice(start, start + samples)
 
 
-def _groups(layout: BlockLayout, index: int, by: str) -> list[_Group]:
+def _groups(layout: BlockLayout, index: int, by: str) -> list[Group]:
     """Return the groups of one layout by rows or by columns, derived once."""
     name = ("torch", index, by)
     if name not in layout.plans:
         pointers = layout.row_ptr if by == "rows" else layout.col_ptr
         partners = layout.col_idx if by == "rows" else layout.row_idx
-        layout.plans[name] = _group_by_degree(pointers[index].cpu(), partners.cpu(), layout.device)
+        layout.plans[name] = group_by_degree(pointers[index].cpu(), partners.cpu(), layout.device)
     return layout.plans[name]
-
-
-def _group_by_degree(pointers: Tensor, partners: Tensor, device: torch.device) -> list[_Group]:
-    degrees = (pointers[1:] - pointers[:-1]).long()
-    widths = torch.tensor([_slots(int(degree)) for degree in degrees])
-    limit = int(degrees.max()) if len(degrees) else 0
-    widths = widths.clamp(max=limit)
-    groups = []
-    for slots in sorted(set(widths.tolist()) - {0}, reverse=True):
-        members = (widths == slots).nonzero()[:, 0]
-        slot = torch.arange(slots)
-        filled = slot < degrees[members][:, None]
-        # An empty slot points at the member's own first partner, and is masked.
-        offset = pointers[:-1].long()[members][:, None] + torch.where(filled, slot, 0)
-        groups.append(
-            _Group(
-                members.to(device),
-                partners[offset].long().to(device),
-                None if bool(filled.all()) else filled.to(device),
-            )
-        )
-    return groups
-
-
-def _slots(degree: int) -> int:
-    """Return the number of slots for a block with ``degree`` partners: at most a quarter unused.
-
-    0, 1, ..., 4, then 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four widths between powers of two.
-    """
-    if degree <= 4:
-        return degree
-    step = 1 << max(0, (degree - 1).bit_length() - 3)
-    return -(-degree // step) * step

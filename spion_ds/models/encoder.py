@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spion_ds.attention import SparseSelfAttention
 from spion_ds.attention.dropout import dropout
 from spion_ds.settings import require
-from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.sparsity import AttentionConfig
 
 POOLINGS = ("masked_mean", "mean")
 # Dropout places: one in the embedding, then four a layer.
@@ -101,7 +101,7 @@ class EncoderClassifier(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        sparse_attention: SparseAttentionConfig,
+        sparse_attention: AttentionConfig,
         vocab_size: int,
         num_classes: int,
         max_length: int,
@@ -116,12 +116,12 @@ class EncoderClassifier(nn.Module):
             EncoderLayer(
                 config,
                 SparseSelfAttention(
-                    sparse_attention.build(config.heads),
+                    sparse_attention.build(config.heads, layer),
                     pruned=sparse_attention.pruned,
                     dropout_p=config.attention_dropout,
                 ),
             )
-            for _ in range(config.layers)
+            for layer in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim)
         self.classifier = nn.Sequential(

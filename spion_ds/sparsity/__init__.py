@@ -1,7 +1,12 @@
 """Which blocks are kept, in DeepSpeed's terms."""
 
 from spion_ds.sparsity.bigbird import BigBirdSparsityConfig
-from spion_ds.sparsity.block import SparseAttentionConfig, take_sparse_attention_block
+from spion_ds.sparsity.block import (
+    AttentionConfig,
+    SparseAttentionConfig,
+    read_sparse_attention,
+    take_sparse_attention_block,
+)
 from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
 from spion_ds.sparsity.fixed import FixedSparsityConfig
 from spion_ds.sparsity.local import LocalSlidingWindowSparsityConfig
@@ -10,6 +15,7 @@ from spion_ds.sparsity.spion import SpionSparsityConfig
 from spion_ds.sparsity.variable import VariableSparsityConfig
 
 __all__ = [
+    "AttentionConfig",
     "BSLongformerSparsityConfig",
     "BigBirdSparsityConfig",
     "DenseSparsityConfig",
@@ -19,5 +25,6 @@ __all__ = [
     "SparsityConfig",
     "SpionSparsityConfig",
     "VariableSparsityConfig",
+    "read_sparse_attention",
     "take_sparse_attention_block",
 ]

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.settings import read_dataclass, require
 from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
+from spion_ds.sparsity.modes import (
+    BigBirdAttentionConfig,
+    BSLongformerAttentionConfig,
+    DenseAttentionConfig,
+    FixedAttentionConfig,
+    LocalAttentionConfig,
+    StaticAttentionConfig,
+    VariableAttentionConfig,
+    check_block,
+)
 from spion_ds.sparsity.spion import VARIANTS, SpionSparsityConfig
 
-BLOCKS = (16, 32, 64, 128)
-MODES = ("dense", "spion")
 PRUNED = ("zero", "excluded")
 
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """One ``sparse_attention`` block.
+    """A ``sparse_attention`` block of mode ``spion``: dense first, then SPION's pattern.
 
     Attributes:
-        mode: ``"spion"`` or ``"dense"``.
+        mode: ``"spion"``, or ``"dense"``: the same without ever switching.
         block: side of a block in tokens: 16, 32, 64 or 128.
         different_layout_per_head: False; SPION's pattern is shared by a layer's heads.
         variant: ``"cf"``, ``"f"`` or ``"c"``.
@@ -42,18 +51,17 @@ class SparseAttentionConfig:
     filter_size: int = 31
     pruned: str = "zero"
 
+    @property
+    def restarts_schedule(self) -> bool:
+        """Whether the learning rate starts anew at the switch: SPION-C's and -CF's does."""
+        return self.variant in ("c", "cf")
+
     def validate(self, sequence_length: int) -> None:
         """Raise ConfigError unless every value is in range for inputs of ``sequence_length``."""
         at = "sparse_attention."
-        if self.mode not in MODES:
+        if self.mode not in ("dense", "spion"):
             raise ConfigError(unknown_name(f"{at}mode", self.mode, MODES))
-        require(self.block in BLOCKS, f"{at}block", self.block, "16, 32, 64 or 128")
-        require(
-            self.block <= sequence_length,
-            f"{at}block",
-            self.block,
-            f"at most the sequence length, {sequence_length}",
-        )
+        check_block(self.block, sequence_length)
         if self.variant not in VARIANTS:
             raise ConfigError(unknown_name(f"{at}variant", self.variant, VARIANTS))
         require(
@@ -88,7 +96,7 @@ class SparseAttentionConfig:
             "false (SPION makes one pattern a layer)",
         )
 
-    def build(self, num_heads: int) -> SparsityConfig:
+    def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
         """Return a new SparsityConfig for one layer."""
         if self.mode == "dense":
             return DenseSparsityConfig(num_heads, self.block)
@@ -101,15 +109,95 @@ class SparseAttentionConfig:
             filter_size=self.filter_size,
         )
 
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the block as a plain mapping."""
+        return dataclasses.asdict(self)
 
-def take_sparse_attention_block(ds_config: dict[str, Any]) -> Mapping[str, Any] | None:
+
+AttentionConfig = SparseAttentionConfig | StaticAttentionConfig
+
+_CLASSES: dict[str, type] = {
+    "dense": DenseAttentionConfig,
+    "fixed": FixedAttentionConfig,
+    "variable": VariableAttentionConfig,
+    "bigbird": BigBirdAttentionConfig,
+    "bslongformer": BSLongformerAttentionConfig,
+    "local": LocalAttentionConfig,
+    "spion": SparseAttentionConfig,
+}
+MODES = tuple(_CLASSES)
+DEFAULT_MODE = "spion"
+
+
+def mode_keys(mode: str) -> list[str]:
+    """Return the keys of a ``sparse_attention`` block of ``mode``."""
+    return [field.name for field in dataclasses.fields(_CLASSES[mode])]
+
+
+def read_sparse_attention(
+    block: Mapping[str, Any], default_mode: str = DEFAULT_MODE
+) -> AttentionConfig:
+    """Return a ``sparse_attention`` block as its mode's dataclass.
+
+    Args:
+        block: keys and values; those left out have DeepSpeed's defaults, or SPION's.
+        default_mode: the mode of a block that names none.
+
+    Raises:
+        ConfigError: not a mapping, an unknown mode, a key that the mode does not have, or a value
+            of another type. Ranges are checked by the result's ``validate``.
+    """
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"sparse_attention is {block!r}; a mapping is wanted")
+    mode = block.get("mode", default_mode)
+    if not isinstance(mode, str):
+        raise ConfigError(f"sparse_attention.mode is {mode!r}; wanted: text")
+    if mode not in _CLASSES:
+        raise ConfigError(unknown_name("sparse_attention.mode", mode, MODES))
+    for key in block:
+        owners = [other for other in MODES if key in mode_keys(other)]
+        if owners and mode not in owners:
+            raise ConfigError(
+                f"unknown key 'sparse_attention.{key}' in mode {mode!r}: it belongs to "
+                f"{', '.join(owners)}; set sparse_attention.mode, or remove the key; known: "
+                f"{', '.join(f'sparse_attention.{name}' for name in mode_keys(mode))}"
+            )
+    return read_dataclass(_CLASSES[mode], {**block, "mode": mode}, "sparse_attention")
+
+
+def merge_sparse_attention(layers: Sequence[Any]) -> Any:
+    """Return several ``sparse_attention`` blocks as one; later ones win, key by key.
+
+    A layer that changes the mode leaves behind what earlier layers said for their mode alone.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if not isinstance(layer, Mapping):
+            return layer  # for the reader to refuse
+        before, mode = merged.get("mode", DEFAULT_MODE), layer.get("mode")
+        if mode is not None and mode != before and isinstance(mode, str) and mode in _CLASSES:
+            merged = {key: merged[key] for key in mode_keys(mode) if key in merged}
+        merged |= layer
+    return merged
+
+
+def take_sparse_attention_block(
+    ds_config: dict[str, Any], default_mode: str = DEFAULT_MODE
+) -> Mapping[str, Any] | None:
     """Take the ``sparse_attention`` block out of a DeepSpeed configuration, in place.
 
     DeepSpeed refuses the block since 0.19.7 and ignores misspelt ones, so both are ours to catch.
 
+    Args:
+        ds_config: the DeepSpeed configuration.
+        default_mode: the mode of a block that names none.
+
+    Returns:
+        The block as it stood there, checked by :func:`read_sparse_attention`; None without one.
+
     Raises:
-        ConfigError: the block is not a mapping, has an unknown key, or a top-level key looks like
-            a misspelt ``sparse_attention``.
+        ConfigError: the block is not a mapping, has an unknown mode or key, or a top-level key
+            looks like a misspelt ``sparse_attention``.
     """
     for key in ds_config:
         if key != "sparse_attention" and _looks_like_ours(key):
@@ -119,7 +207,7 @@ def take_sparse_attention_block(ds_config: dict[str, Any]) -> Mapping[str, Any] 
             )
     block = ds_config.pop("sparse_attention", None)
     if block is not None:
-        read_dataclass(SparseAttentionConfig, block, "sparse_attention")
+        read_sparse_attention(block, default_mode)
     return block
 
 

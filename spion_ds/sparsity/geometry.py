@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spion_ds.errors import ConfigError, unknown_name
+from spion_ds.errors import ConfigError
 
 DIRECTIONS = ("bidirectional", "unidirectional")
 
@@ -16,7 +16,7 @@ DIRECTIONS = ("bidirectional", "unidirectional")
 def check_direction(attention: object) -> str:
     """Return ``attention`` if it is one of the two directions, else raise ConfigError."""
     if attention not in DIRECTIONS:
-        raise ConfigError(unknown_name("attention", attention, DIRECTIONS))
+        raise ConfigError(f"attention is {attention!r}; allowed: {' or '.join(DIRECTIONS)}")
     return str(attention)
 
 

@@ -17,7 +17,12 @@ from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.models import ModelConfig
 from spion_ds.patterns import DistanceRule, FixedStepRule
 from spion_ds.settings import read_dataclass, require
-from spion_ds.sparsity import SparseAttentionConfig, take_sparse_attention_block
+from spion_ds.sparsity import (
+    AttentionConfig,
+    read_sparse_attention,
+    take_sparse_attention_block,
+)
+from spion_ds.sparsity.block import DEFAULT_MODE, MODES, merge_sparse_attention, mode_keys
 from spion_ds.training.acceleration import check_acceleration
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
@@ -183,7 +188,7 @@ class RunConfig:
     task: str
     data: Any
     model: ModelConfig
-    sparse_attention: SparseAttentionConfig
+    sparse_attention: AttentionConfig
     transition: TransitionConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
@@ -198,24 +203,29 @@ class RunConfig:
             self.optimizer.lr,
             self.optimizer.warmup_steps,
             self.training.steps,
-            restart_at_switch=self.sparse_attention.variant in ("c", "cf"),
+            restart_at_switch=self.sparse_attention.restarts_schedule,
         )
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the run is to switch; a dense run stays dense throughout."""
+        """Whether the run is sparse at any time; a dense run stays dense throughout."""
         return self.sparse_attention.mode != "dense"
+
+    @property
+    def switches(self) -> bool:
+        """Whether the run starts dense and is to switch; other patterns are there from step 1."""
+        return self.sparse_attention.mode == "spion"
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the configuration as plain nested mappings that ``load`` reads again."""
         plain = dataclasses.asdict(self)
         del plain["resolved"], plain["batches"]
+        plain["sparse_attention"] = self.sparse_attention.to_mapping()
         return json.loads(json.dumps(plain))
 
 
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
-    "sparse_attention": SparseAttentionConfig,
     "transition": TransitionConfig,
     "optimizer": OptimizerConfig,
     "training": TrainingConfig,
@@ -290,12 +300,13 @@ def build_run_config(
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
     ds_values = json.loads(json.dumps(deepspeed or values.pop("deepspeed", {})))
     values.pop("deepspeed", None)
-    block = take_sparse_attention_block(ds_values)
-    if block is not None:
-        values["sparse_attention"] = {**values.get("sparse_attention", {}), **block}
+    layers = [values.pop("sparse_attention", None) or {}]
+    mode = layers[0].get("mode", DEFAULT_MODE) if isinstance(layers[0], Mapping) else DEFAULT_MODE
+    layers.append(take_sparse_attention_block(ds_values, mode) or {})
     for text in overrides:
         _override(values, text)
-    known = ("recipe", "task", "data", *_SECTIONS)
+    layers.append(values.pop("sparse_attention", {}))
+    known = ("recipe", "task", "data", "sparse_attention", *_SECTIONS)
     for key in values:
         if key not in known:
             raise ConfigError(unknown_name("key", key, known))
@@ -307,7 +318,11 @@ def build_run_config(
         name: read_dataclass(cls, values.get(name) or {}, name) for name, cls in _SECTIONS.items()
     }
     config = RunConfig(
-        recipe=str(values.get("recipe", "run")), task=task.name, data=data, **sections
+        recipe=str(values.get("recipe", "run")),
+        task=task.name,
+        data=data,
+        sparse_attention=read_sparse_attention(merge_sparse_attention(layers)),
+        **sections,
     )
     return _validated(config, ds_values, world_size, device_type)
 
@@ -319,7 +334,7 @@ def _validated(
     config.model.validate()
     config.training.validate()
     config.sparse_attention.validate(config.data.sequence_length)
-    if config.is_sparse:
+    if config.switches:
         config.transition.validate(config.training.steps)
     config.optimizer.validate(config.training.steps)
     require(
@@ -351,13 +366,17 @@ def _override(values: dict[str, Any], text: str) -> None:
             raise ConfigError(unknown_name("key", section, ["task", *_dotted_keys()]))
         values[section] = parsed
         return
-    if section not in (*_SECTIONS, "data"):
+    if section not in (*_SECTIONS, "sparse_attention", "data"):
         raise ConfigError(unknown_name("key", place, _dotted_keys()))
     values[section] = {**(values.get(section) or {}), key: parsed}
 
 
 def _dotted_keys() -> list[str]:
-    return [f"{s}.{f.name}" for s, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
+    keys = {f"sparse_attention.{key}" for mode in MODES for key in mode_keys(mode)}
+    return [
+        *(f"{s}.{f.name}" for s, cls in _SECTIONS.items() for f in dataclasses.fields(cls)),
+        *sorted(keys),
+    ]
 
 
 def _parse_yaml(text: str, name: str) -> dict[str, Any]:

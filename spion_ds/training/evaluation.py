@@ -16,7 +16,7 @@ from torch import Tensor
 from spion_ds.data import Split, get_task
 from spion_ds.errors import CheckpointError
 from spion_ds.models import EncoderClassifier
-from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.sparsity import SparsityConfig, SpionSparsityConfig
 from spion_ds.training.batches import read_batch
 from spion_ds.training.checkpoint import load_state, load_weights
 from spion_ds.training.config import RunConfig
@@ -109,8 +109,29 @@ def load_model(folder: Path, config: RunConfig, device: torch.device) -> Encoder
 
 
 def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
-    """Give each layer its (n, n) mask; None makes all layers dense."""
+    """Give each layer its (n, n) mask; None makes all layers dense.
+
+    Raises:
+        CheckpointError: a layer's pattern is static, and the mask is another one.
+    """
     for layer, attention in enumerate(model.attentions):
         sparsity = attention.sparsity_config
         if isinstance(sparsity, SpionSparsityConfig):
             sparsity.set_pattern(None if masks is None else masks[layer])
+        elif masks is not None:
+            length = masks[layer].shape[-1] * sparsity.block
+            if not torch.equal(static_mask(sparsity, length), masks[layer]):
+                raise CheckpointError(
+                    f"layer {layer} was trained with another {type(sparsity).__name__} layout than "
+                    "this version makes; use the version that saved the checkpoint"
+                )
+
+
+def static_mask(sparsity: SparsityConfig, length: int) -> Tensor:
+    """Return the mask of a pattern known from the start.
+
+    Returns:
+        (n, n) bool on the CPU, or (heads, n, n) with one layout a head; n = ceil(length / block).
+    """
+    layout = sparsity.make_layout(-(-length // sparsity.block) * sparsity.block).bool()
+    return layout if sparsity.different_layout_per_head else layout[0]

@@ -23,8 +23,13 @@ def map_picture(attention: Tensor) -> np.ndarray:
 
 
 def mask_picture(mask: Tensor) -> np.ndarray:
-    """Return a block mask (n, n) as (side, side, 3) uint8; kept blocks are light."""
-    return _enlarge(_colour(mask.detach().to(torch.float64).cpu().numpy()))
+    """Return a block mask as (side, side, 3) uint8; kept blocks are light.
+
+    Args:
+        mask: (n, n) bool, or (heads, n, n): then lightness is the share of heads that keep it.
+    """
+    share = mask.detach().to("cpu", torch.float64)
+    return _enlarge(_colour((share.mean(dim=0) if share.dim() == 3 else share).numpy()))
 
 
 def _colour(values: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ def train(options: TrainOptions) -> None:
     join(ranks)
     agreement = Agreement()
     dataset = prepare_data(config, options.data_dir, ranks, agreement)
-    if ranks.is_first and config.is_sparse:
+    if ranks.is_first and config.switches:
         operators_available()  # compiled now, if need be, and not at the switch
     folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
     if ranks.is_first:

@@ -19,7 +19,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{phase:<7} {row['steps']:>6} {time:>9} {tokens:>10}   {densities or '–'}")
     ratio = summary["speed_up"]
     lines.append(
-        "the run stayed dense"
+        _without_ratio(summary)
         if ratio is None
         else f"a sparse step is {ratio:.2f}× as fast as a dense one"
     )
@@ -32,3 +32,11 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     for name, accuracy in summary["baselines"].items():
         lines.append(f"  {name:<22}{accuracy:>7.2%}  (baseline, test)")
     return "\n".join(lines)
+
+
+def _without_ratio(summary: Mapping[str, Any]) -> str:
+    if summary["phase"] == "dense":
+        return "the run stayed dense"
+    if summary["dense"]["steps"] == 0:
+        return "the run was sparse from its first step"
+    return "no steps were timed in one of the phases"

@@ -30,7 +30,7 @@ from spion_ds.training.checkpoint import (
 )
 from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import Coordinator
-from spion_ds.training.evaluation import build_model, evaluate, set_masks
+from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
 
@@ -80,6 +80,11 @@ class Trainer:
         self.rule = config.transition.build()
         if resume is not None:
             self._resume(resume)
+        elif config.is_sparse and not config.switches:
+            length = config.data.sequence_length
+            sparsity = [attention.sparsity_config for attention in self.model.attentions]
+            self.state.masks = [static_mask(layer, length) for layer in sparsity]
+            self.state.switch_step = 0
         self._derive_layouts()
         configs = [attention.sparsity_config for attention in self.model.attentions]
         self.coordinator = Coordinator(
@@ -98,6 +103,11 @@ class Trainer:
         self._rate = 0.0
         self._signalled = False  # on this rank
         self._stopping = False  # agreed by all ranks
+        if self.state.step == 0 and self.state.masks is not None:
+            shown = ", ".join(f"{mask.double().mean():.1%}" for mask in self.state.masks)
+            mode = config.sparse_attention.mode
+            self.log.say(f"sparse attention from the first step ({mode}); densities {shown}")
+            self.log.pictures(0, None, self.state.masks)
 
     def train(self, stop_at: int | None = None) -> bool:
         """Train to the last step, or to ``stop_at`` or a signal; return whether it is finished."""
@@ -125,7 +135,7 @@ class Trainer:
         """Take one optimizer step and return its phase; on a check step, decide the switch."""
         config, state = self.config, self.state
         phase, number = state.phase, state.step + 1
-        checking = config.is_sparse and phase == "dense" and config.transition.is_check(number)
+        checking = config.switches and phase == "dense" and config.transition.is_check(number)
         observed: list[AttentionMapAccumulator] = []
         if checking:
             self.timer.stop()
