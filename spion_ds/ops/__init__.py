@@ -1,0 +1,1 @@
+"""Operators under the names that older code knows them by."""
