@@ -5,19 +5,26 @@ from __future__ import annotations
 import pytest
 
 from spion_ds.errors import ConfigError
-from spion_ds.settings import read_dataclass
 from spion_ds.sparsity import (
+    AttentionConfig,
+    BigBirdSparsityConfig,
+    BSLongformerSparsityConfig,
     DenseSparsityConfig,
+    FixedSparsityConfig,
+    LocalSlidingWindowSparsityConfig,
     SparseAttentionConfig,
     SpionSparsityConfig,
+    VariableSparsityConfig,
+    read_sparse_attention,
     take_sparse_attention_block,
 )
+from spion_ds.sparsity.block import MODES, merge_sparse_attention, mode_keys
 
 LENGTH = 2048
 
 
-def read(**block) -> SparseAttentionConfig:
-    return read_dataclass(SparseAttentionConfig, block, "sparse_attention")
+def read(**block) -> AttentionConfig:
+    return read_sparse_attention(block)
 
 
 def test_the_block_is_taken_out_and_the_rest_stays():
@@ -128,7 +135,10 @@ def test_unknown_keys_and_wrong_types_are_named(block, words):
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"mode": "sparse"}, "unknown sparse_attention.mode 'sparse'.*known: dense, spion"),
+        (
+            {"mode": "sparse"},
+            "unknown sparse_attention.mode 'sparse'.*known: bigbird, .*spion",
+        ),
         ({"mode": "Spion"}, "mode 'Spion'.*did you mean 'spion'"),
         ({"block": 48}, "sparse_attention.block is 48; allowed: 16, 32, 64 or 128"),
         ({"block": 0}, "sparse_attention.block is 0"),
@@ -200,3 +210,130 @@ def test_every_layer_gets_a_configuration_of_its_own():
     dense = read(mode="dense", block=16).build(4)
     assert type(dense) is DenseSparsityConfig
     assert (dense.num_heads, dense.block) == (4, 16)
+
+
+# Every mode's keys and defaults as DeepSpeed 0.19.6 parsed them ("local" had a class alone).
+OLD_DEFAULTS = {
+    "dense": {},
+    "fixed": {
+        "num_local_blocks": 4,
+        "num_global_blocks": 1,
+        "attention": "bidirectional",
+        "horizontal_global_attention": False,
+        "num_different_global_patterns": 1,
+    },
+    "variable": {
+        "num_random_blocks": 0,
+        "local_window_blocks": [4],
+        "global_block_indices": [0],
+        "global_block_end_indices": None,
+        "attention": "bidirectional",
+        "horizontal_global_attention": False,
+    },
+    "bigbird": {
+        "num_random_blocks": 0,
+        "num_sliding_window_blocks": 3,
+        "num_global_blocks": 1,
+        "attention": "bidirectional",
+    },
+    "bslongformer": {
+        "num_sliding_window_blocks": 3,
+        "global_block_indices": [0],
+        "global_block_end_indices": None,
+        "attention": "bidirectional",
+    },
+    "local": {"num_sliding_window_blocks": 3, "attention": "unidirectional"},
+}
+CLASSES = {
+    "dense": DenseSparsityConfig,
+    "fixed": FixedSparsityConfig,
+    "variable": VariableSparsityConfig,
+    "bigbird": BigBirdSparsityConfig,
+    "bslongformer": BSLongformerSparsityConfig,
+    "local": LocalSlidingWindowSparsityConfig,
+}
+
+
+def test_all_modes_are_known():
+    assert set(MODES) == {*OLD_DEFAULTS, "spion"}
+
+
+@pytest.mark.parametrize("mode", OLD_DEFAULTS)
+def test_every_mode_has_the_old_keys_and_defaults_and_builds_its_class(mode):
+    common = {"mode": mode, "block": 16, "different_layout_per_head": False}
+    config = read(mode=mode)
+    assert config.to_mapping() == {**common, **OLD_DEFAULTS[mode]}
+    assert read(**config.to_mapping()) == config
+    config.validate(LENGTH)
+    built = config.build(4)
+    assert type(built) is CLASSES[mode]
+    assert (built.num_heads, built.block, config.pruned) == (4, 16, "excluded")
+    for key, value in OLD_DEFAULTS[mode].items():
+        assert getattr(built, key) == value
+
+
+def test_values_reach_the_class():
+    built = read(
+        mode="variable", block=32, different_layout_per_head=True, local_window_blocks=[1, 2]
+    ).build(2)
+    assert (built.block, built.local_window_blocks, built.num_layout_heads) == (32, [1, 2], 2)
+
+
+def test_random_blocks_differ_between_layers_and_not_between_ranks():
+    config = read(mode="bigbird", num_random_blocks=2)
+    first, again, second = (config.build(2, layer).make_layout(LENGTH) for layer in (0, 0, 1))
+    assert first.equal(again)
+    assert not first.equal(second)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"mode": "bigbird", "alpha": 0.9}, "'sparse_attention.alpha' in mode 'bigbird': .* spion"),
+        (
+            {"mode": "fixed", "num_random_blocks": 1},
+            "belongs to variable, bigbird; .*known:",
+        ),
+        ({"mode": "spion", "num_local_blocks": 4}, "in mode 'spion': it belongs to fixed"),
+        ({"mode": "dense", "pruned": "zero"}, "belongs to spion"),
+        ({"mode": "fixed", "num_locl_blocks": 4}, "did you mean 'sparse_attention.num_local_blo"),
+        (
+            {"mode": "variable", "local_window_blocks": [1.5]},
+            "window_blocks is .1.5.; wanted",
+        ),
+        ({"mode": "sat"}, "unknown sparse_attention.mode 'sat'"),
+    ],
+)
+def test_keys_of_other_modes_are_unknown(block, words):
+    with pytest.raises(ConfigError, match=words):
+        take_sparse_attention_block({"sparse_attention": block})
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"mode": "fixed", "num_global_blocks": 3}, "sparse_attention.num_global_blocks is 3"),
+        (
+            {"mode": "bigbird", "num_random_blocks": 200},
+            "attention.num_random_blocks is 200",
+        ),
+        ({"mode": "local", "attention": "both"}, "sparse_attention.attention is 'both'"),
+        ({"mode": "local", "different_layout_per_head": True}, "per_head is True; allowed: false"),
+        ({"mode": "fixed", "block": 48}, "sparse_attention.block is 48; allowed: 16, 32"),
+    ],
+)
+def test_static_values_out_of_range_are_named(block, words):
+    with pytest.raises(ConfigError, match=words):
+        read(**block).validate(LENGTH)
+
+
+def test_a_layer_that_changes_the_mode_leaves_the_other_modes_keys_behind():
+    recipe = {"mode": "spion", "block": 64, "alpha": 0.9}
+    merged = merge_sparse_attention([recipe, {"num_random_blocks": 1, "mode": "bigbird"}])
+    assert merged == {"mode": "bigbird", "block": 64, "num_random_blocks": 1}
+    assert merge_sparse_attention([recipe, {"block": 32}]) == {**recipe, "block": 32}
+    # A layer's own keys must be of its mode.
+    wrong = merge_sparse_attention([recipe, {"mode": "bigbird", "alpha": 0.8}])
+    with pytest.raises(ConfigError, match="belongs to spion"):
+        read_sparse_attention(wrong)
+    assert "alpha" not in mode_keys("bigbird")

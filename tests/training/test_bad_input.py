@@ -126,7 +126,8 @@ def test_batch_that_does_not_divide_over_the_ranks(
     ("config", "expected"),
     [
         ({"sparse_attention": {"blok": 16}}, ["blok", "did you mean 'sparse_attention.block'"]),
-        ({"sparse_attention": {"mode": "fixed"}}, ["mode", "'fixed'", "dense, spion"]),
+        ({"sparse_attention": {"mode": "fix"}}, ["mode 'fix'", "did you mean 'fixed'"]),
+        ({"sparse_attention": {"mode": "fixed", "alpha": 0.9}}, ["alpha", "belongs to spion"]),
         ({"sparse_attention": [1]}, ["sparse_attention", "mapping"]),
         ({"sparse_atention": {"block": 16}}, ["sparse_atention", "sparse_attention"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "4", "0, 1, 2 or 3"]),
