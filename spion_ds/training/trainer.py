@@ -271,6 +271,7 @@ class Trainer:
             if best:
                 write_pointer(self.checkpoints, "best", place.name)
             prune_checkpoints(self.checkpoints, self.config.training.keep_checkpoints)
+        self.agreement.barrier()  # the others may look for the best one next
 
     def _resume(self, folder: Path) -> None:
         self.state, _ = load_state(folder)
