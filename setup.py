@@ -44,6 +44,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "transformers>=5.0",
             "triton>=3.4; platform_system == 'Linux'",
             "types-PyYAML",
         ],
