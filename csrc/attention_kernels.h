@@ -59,8 +59,8 @@ struct Kernels {
   int64_t (*padded_head_dim)(const Problem&);
   // Writes out and lse of the queries of a row of blocks.
   void (*forward_row)(const Problem&, int64_t b, int64_t h, int64_t row, float* workspace);
-  // Writes delta of all queries of a head.
-  void (*write_delta)(const Problem&, int64_t b, int64_t h, float* workspace);
+  // Writes delta of the queries of a row of blocks.
+  void (*write_delta)(const Problem&, int64_t b, int64_t h, int64_t row, float* workspace);
   // Writes dq of the queries of a row of blocks.
   void (*backward_row)(const Problem&, int64_t b, int64_t h, int64_t row, float* workspace);
   // Writes dk and dv of the keys of a column of blocks. With `dq` it also adds to the query

@@ -80,24 +80,22 @@ SPION_DS_INLINE Ints lane_numbers() {
   return numbers;
 }
 
-// exp(x) for x <= 0, relative error under 1.3e-7; 0 below -86, where float32 runs out of exponents.
-SPION_DS_INLINE Floats exp_of_negative(Floats x) {
+// 2^x for x <= 0, relative error under 1e-7; 0 below -124, where float32 runs out of exponents.
+SPION_DS_INLINE Floats exp2_of_negative(Floats x) {
   // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
-  const Floats shifted = multiply_add(x, all(1.44269504088896341f), all(12582912.0f));
-  const Floats whole = shifted - 12582912.0f;
-  Floats rest = multiply_add(whole, all(-0.693145751953125f), x);
-  rest = multiply_add(whole, all(-1.42860682030941723e-6f), rest);
-  // Minimax fit of (e^r - 1 - r) / r^2 on |r| <= ln(2) / 2.
-  Floats value = all(1.3814583653584123e-3f);
-  value = multiply_add(value, rest, all(8.368724025785923e-3f));
-  value = multiply_add(value, rest, all(4.166838899254799e-2f));
-  value = multiply_add(value, rest, all(1.666652113199234e-1f));
-  value = multiply_add(value, rest, all(4.999999403953552e-1f));
-  value = multiply_add(value, rest, all(1.0f));
+  const Floats shifted = x + 12582912.0f;
+  const Floats rest = x - (shifted - 12582912.0f);
+  // Minimax fit of (2^r - 1) / r on |r| <= 1 / 2.
+  Floats value = all(1.5353341586887836e-4f);
+  value = multiply_add(value, rest, all(1.3398900628089905e-3f));
+  value = multiply_add(value, rest, all(9.618437848985195e-3f));
+  value = multiply_add(value, rest, all(5.5503323674201965e-2f));
+  value = multiply_add(value, rest, all(2.4022647738456726e-1f));
+  value = multiply_add(value, rest, all(6.931471824645996e-1f));
   value = multiply_add(value, rest, all(1.0f));
   const Floats scaled = bits<Floats>(bits<Ints>(value) + (bits<Ints>(shifted) << 23));
-  // NaN is not below -86 and stays NaN.
-  return x < -86.0f ? Floats{} : scaled;
+  // NaN is not below -124 and stays NaN.
+  return x < -124.0f ? Floats{} : scaled;
 }
 
 // The hash of spion_ds/attention/dropout.py.

@@ -24,6 +24,9 @@ constexpr int64_t kPiece = 64;
 // Below every score yet finite, so that a row that has met no key yet is no special case.
 constexpr float kLowest = -3.0e38f;
 constexpr float kInfinity = __builtin_inff();
+// Exponentials are powers of two, whose argument needs no division into parts.
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
 
 SPION_DS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -101,8 +104,8 @@ inline uint32_t row_key(const Problem& p, int64_t b, int64_t h, int64_t query) {
 }
 
 // All ones in the lanes that dropout keeps.
-SPION_DS_INLINE Ints dropout_keeps(const Problem& p, Words row_keys, Words columns) {
-  return (combine(row_keys, columns) >> 8) >= p.dropout_threshold;
+SPION_DS_INLINE Ints dropout_keeps(uint32_t threshold, Words row_keys, Words columns) {
+  return (combine(row_keys, columns) >> 8) >= threshold;
 }
 
 // What the lanes of a piece of queries need besides their values.
@@ -113,13 +116,13 @@ struct QueryLanes {
       const bool there = i < queries.count;
       keys[i] = there && p.dropout_key != nullptr ? row_key(p, b, h, queries.first + i) : 0;
       // A lane past the last query acts as a row that keeps nothing.
-      negative_lse[i] = there && p.grad.data != nullptr ? -p.lse[row + i] : -kInfinity;
+      negative_lse2[i] = there && p.grad.data != nullptr ? -p.lse[row + i] * kLog2e : -kInfinity;
       delta[i] = there && p.grad.data != nullptr ? p.delta[row + i] : 0.0f;
     }
   }
 
   uint32_t keys[kPiece];
-  float negative_lse[kPiece];
+  float negative_lse2[kPiece];
   float delta[kPiece];
 };
 
@@ -137,25 +140,39 @@ inline void mask_scores(const Problem& p, int64_t b, const Piece& queries, const
   }
 }
 
-// Turns scores (keys, width) into weights exp(score - top), updating top and total (width), and
+// The largest of each lane's `rows` values; four chains, since one would wait for itself.
+SPION_DS_INLINE Floats column_maximum(const float* values, int64_t rows, int64_t stride) {
+  Floats top[4];
+  for (Floats& chain : top) chain = load(values);
+  int64_t row = 1;
+  for (; row + 4 <= rows; row += 4) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      top[i] = maximum(top[i], load(values + (row + i) * stride));
+    }
+  }
+  for (; row < rows; ++row) top[0] = maximum(top[0], load(values + row * stride));
+  return maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
+}
+
+// Turns scores (keys, width), in base 2, into weights 2^(score - top), updating top and total (width), and
 // scales sum (head_dim, width) from the old top to the new.
 inline void update_softmax(const Problem& p, const QueryLanes& lanes, const Piece& keys,
                            int64_t width, float* scores, float* top, float* total, float* sum) {
+  const bool dropout = p.dropout_key != nullptr;
+  const uint32_t threshold = p.dropout_threshold;
   for (int64_t i = 0; i < width; i += kLanes) {
     const Floats old_top = load(top + i);
-    Floats new_top = old_top;
-    for (int64_t j = 0; j < keys.count; ++j) {
-      new_top = maximum(new_top, load(scores + j * width + i));
-    }
-    const Floats shrink = exp_of_negative(old_top - new_top);
+    const Floats new_top = maximum(old_top, column_maximum(scores + i, keys.count, width));
+    const Floats shrink = exp2_of_negative(old_top - new_top);
     const Words row_keys = load_as<Words>(lanes.keys + i);
     Floats added = {};
     for (int64_t j = 0; j < keys.count; ++j) {
-      Floats weight = exp_of_negative(load(scores + j * width + i) - new_top);
+      Floats weight = exp2_of_negative(load(scores + j * width + i) - new_top);
       added += weight;
-      if (p.dropout_key != nullptr) {
+      if (dropout) {
         const Words column = Words{} + static_cast<uint32_t>(keys.first + j);
-        weight = dropout_keeps(p, row_keys, column) ? weight : Floats{};
+        weight = dropout_keeps(threshold, row_keys, column) ? weight : Floats{};
       }
       store(scores + j * width + i, weight);
     }
@@ -205,11 +222,11 @@ inline void finish_softmax(const Problem& p, int64_t b, int64_t h, int64_t row,
     if (pruned[i] > 0.0f) {
       // A pruned entry is a logit 0, so the shift is at least 0.
       const float new_top = top[i] > 0.0f ? top[i] : 0.0f;
-      shrink = __builtin_expf(top[i] - new_top);
-      total[i] = total[i] * shrink + pruned[i] * __builtin_expf(-new_top);
+      shrink = __builtin_exp2f(top[i] - new_top);
+      total[i] = total[i] * shrink + pruned[i] * __builtin_exp2f(-new_top);
       top[i] = new_top;
     }
-    lse[i] = top[i] + __builtin_logf(total[i]);
+    lse[i] = (top[i] + __builtin_log2f(total[i])) * kLn2;
     factor[i] = shrink * p.dropout_scale / total[i];
   }
   for (int64_t d = 0; d < p.head_dim; ++d) {
@@ -244,7 +261,7 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
     const QueryLanes lanes(p, b, h, queries, width);
     pack_owner(p, p.q, b, h, queries, width, w.partner[0], w.owner[0]);
     for (int64_t i = 0; i < p.head_dim * width; i += kLanes) {
-      store(w.owner[0] + i, load(w.owner[0] + i) * p.scale);
+      store(w.owner[0] + i, load(w.owner[0] + i) * (p.scale * kLog2e));
     }
     float top[kPiece], total[kPiece];
     fill(top, width, kLowest);
@@ -271,9 +288,10 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
   });
 }
 
-inline void write_delta(const Problem& p, int64_t b, int64_t h, float* memory) {
+inline void write_delta(const Problem& p, int64_t b, int64_t h, int64_t row, float* memory) {
   const Workspace w(p, memory);
-  for (int64_t query = 0; query < p.queries; ++query) {
+  const int64_t end = smaller((row + 1) * p.block, p.queries);
+  for (int64_t query = row * p.block; query < end; ++query) {
     const Piece one{query, 1};
     const float* out = partner_rows(p, p.out, b, h, one, false, w.partner[0]).data;
     const float* grad = partner_rows(p, p.grad, b, h, one, false, w.partner[1]).data;
@@ -289,43 +307,61 @@ inline void write_delta(const Problem& p, int64_t b, int64_t h, float* memory) {
   }
 }
 
+// What the gradients of a tile's entries need of the problem, in registers: the compiler cannot
+// know that the tile does not overlap the problem.
+struct EntryRules {
+  explicit EntryRules(const Problem& p)
+      : scale(p.scale),
+        scale_log2(p.scale * kLog2e),
+        dropout_scale(p.dropout_scale),
+        dropout_threshold(p.dropout_threshold),
+        dropout(p.dropout_key != nullptr),
+        causal(p.causal),
+        masked(p.causal || p.real != nullptr) {}
+
+  float scale, scale_log2, dropout_scale;
+  uint32_t dropout_threshold;
+  bool dropout, causal, masked;
+};
+
 // The probability, after dropout, and the gradient of the unscaled score, of some entries.
 struct Entries {
   Floats dropped;
   Floats grad_score;
 };
 
-SPION_DS_INLINE Entries entries_of(const Problem& p, Floats score, Floats grad_prob,
-                                   Floats negative_lse, Floats delta, Ints allowed,
+SPION_DS_INLINE Entries entries_of(const EntryRules& rules, Floats score, Floats grad_prob,
+                                   Floats negative_lse2, Floats delta, Ints allowed,
                                    Words row_keys, Words columns) {
-  Floats prob = exp_of_negative(multiply_add(score, all(p.scale), negative_lse));
-  prob = allowed ? prob : Floats{};
+  Floats prob = exp2_of_negative(multiply_add(score, all(rules.scale_log2), negative_lse2));
+  if (rules.masked) prob = allowed ? prob : Floats{};
   Floats dropped = prob;
-  if (p.dropout_key != nullptr) {
-    const Ints keep = dropout_keeps(p, row_keys, columns);
-    dropped = keep ? prob * p.dropout_scale : Floats{};
-    grad_prob = keep ? grad_prob * p.dropout_scale : Floats{};
+  if (rules.dropout) {
+    const Ints keep = dropout_keeps(rules.dropout_threshold, row_keys, columns);
+    dropped = keep ? prob * rules.dropout_scale : Floats{};
+    grad_prob = keep ? grad_prob * rules.dropout_scale : Floats{};
   }
-  return {dropped, prob * (grad_prob - delta) * p.scale};
+  return {dropped, prob * (grad_prob - delta) * rules.scale};
 }
 
 // grad_probs (keys, width) becomes the gradients of the unscaled scores.
 inline void query_lane_gradients(const Problem& p, int64_t b, const QueryLanes& lanes,
                                  const Piece& queries, const Piece& keys, int64_t width,
                                  const float* scores, float* grad_probs) {
+  const EntryRules rules(p);
   for (int64_t j = 0; j < keys.count; ++j) {
     const int64_t key = keys.first + j;
     const Words column = Words{} + static_cast<uint32_t>(key);
     const Ints real = Ints{} - (is_real(p, b, key) ? 1 : 0);
     for (int64_t i = 0; i < width; i += kLanes) {
       Ints allowed = real;
-      if (p.causal) {
+      if (rules.causal) {
         const Ints query = lane_numbers() + static_cast<int32_t>(queries.first + i);
         allowed &= query >= static_cast<int32_t>(key);
       }
       const int64_t at = j * width + i;
       const Entries entries =
-          entries_of(p, load(scores + at), load(grad_probs + at), load(lanes.negative_lse + i),
+          entries_of(rules, load(scores + at), load(grad_probs + at), load(lanes.negative_lse2 + i),
                      load(lanes.delta + i), allowed, load_as<Words>(lanes.keys + i), column);
       store(grad_probs + at, entries.grad_score);
     }
@@ -368,19 +404,20 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
 inline void key_lane_gradients(const Problem& p, int64_t b, int64_t h, const Piece& queries,
                                const Piece& keys, int64_t width, const int32_t* real,
                                float* scores, float* grad_probs) {
+  const EntryRules rules(p);
   const int64_t row = (b * p.heads + h) * p.queries + queries.first;
   for (int64_t i = 0; i < queries.count; ++i) {
     const int32_t query = static_cast<int32_t>(queries.first + i);
     const Words row_keys =
-        Words{} + (p.dropout_key != nullptr ? row_key(p, b, h, queries.first + i) : 0u);
-    const Floats negative_lse = all(-p.lse[row + i]);
+        Words{} + (rules.dropout ? row_key(p, b, h, queries.first + i) : 0u);
+    const Floats negative_lse2 = all(-p.lse[row + i] * kLog2e);
     const Floats delta = all(p.delta[row + i]);
     for (int64_t j = 0; j < width; j += kLanes) {
       const Ints key = lane_numbers() + static_cast<int32_t>(keys.first + j);
       Ints allowed = load_as<Ints>(real + j);
-      if (p.causal) allowed &= key <= query;
+      if (rules.causal) allowed &= key <= query;
       const int64_t at = i * width + j;
-      const Entries entries = entries_of(p, load(scores + at), load(grad_probs + at), negative_lse,
+      const Entries entries = entries_of(rules, load(scores + at), load(grad_probs + at), negative_lse2,
                                          delta, allowed, row_keys, bits<Words>(key));
       store(scores + at, entries.dropped);
       store(grad_probs + at, entries.grad_score);

@@ -49,7 +49,7 @@ struct Settings {
   double dropout_p;
 };
 
-const Kernels& kernels() {
+const Kernels& choose_kernels() {
 #ifdef SPION_DS_X86_KERNELS
   // PyTorch's own choice, so that ATEN_CPU_CAPABILITY steers these kernels as well.
   const std::string capability = at::get_cpu_capability();
@@ -57,6 +57,11 @@ const Kernels& kernels() {
   if (capability.rfind("AVX2", 0) == 0) return spion_ds::kAvx2Kernels;
 #endif
   return spion_ds::kBaselineKernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
 }
 
 DType dtype_of(const Tensor& x) {
@@ -336,9 +341,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   problem.dk = tokens_of(dk);
   problem.dv = tokens_of(dv);
 
-  run_tasks(problem, problem.batch * problem.heads, 0, [&](int64_t number, float* workspace) {
-    kernels().write_delta(problem, number / problem.heads, number % problem.heads, workspace);
-  });
+  run_blocks(problem, problem.row_ptr, problem.heads, problem.num_rows,
+             [&](int64_t b, int64_t h, int64_t row, float* workspace) {
+               kernels().write_delta(problem, b, h, row, workspace);
+             });
   const int64_t heads = problem.batch * problem.kv_heads;
   const int64_t threads = at::get_num_threads();
   const int64_t turns = ceil_div(heads, threads);

@@ -79,6 +79,7 @@ def _ready() -> bool:
             torch.library.register_autograd(
                 "spion_ds::cpu_attention_fwd", _backward, setup_context=_save
             )
+            torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
             _registered = True
     return True
 
@@ -98,6 +99,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = torch.ops.spion_ds.cpu_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
     return (*grads, *(None,) * 11)
+
+
+def _second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("block-sparse attention has no second derivative")
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
