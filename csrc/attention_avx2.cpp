@@ -10,7 +10,7 @@
 
 #pragma GCC target("avx2,fma,f16c")
 #define SPION_DS_VECTOR_BYTES 32
-#include "attention_tiles.h"
+#include "attention_table.h"
 
 namespace spion_ds {
 const Kernels kAvx2Kernels = this_instruction_set();

@@ -10,7 +10,7 @@
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define SPION_DS_VECTOR_BYTES 64
-#include "attention_tiles.h"
+#include "attention_table.h"
 
 namespace spion_ds {
 const Kernels kAvx512Kernels = this_instruction_set();

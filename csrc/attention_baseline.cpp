@@ -4,7 +4,7 @@
 #include <cstring>
 
 #define SPION_DS_VECTOR_BYTES 16
-#include "attention_tiles.h"
+#include "attention_table.h"
 
 namespace spion_ds {
 const Kernels kBaselineKernels = this_instruction_set();

@@ -1,5 +1,6 @@
 // The CPU operators of block-sparse attention: checks, and who computes what.
-// The specification is spion_ds/attention/reference.py; the kernels are in attention_tiles.h.
+// The specification is spion_ds/attention/reference.py; attention_tiles.h tells how the
+// kernels work.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
