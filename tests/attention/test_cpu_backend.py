@@ -226,6 +226,30 @@ def test_the_same_bits_with_any_number_of_threads(case, dtype):
                 assert torch.equal(result, one)
 
 
+@pytest.mark.parametrize("view", ["packed", "tokens innermost", "one key for all", "every second"])
+def test_any_strides(view):
+    x = make(Case())
+    shape, draw = tuple(x.q.shape), torch.Generator().manual_seed(1)
+    if view == "packed":  # as a fused projection gives them
+        packed = torch.randn((2, 96, 3, 2, 32), generator=draw)
+        q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
+    elif view == "tokens innermost":
+        q, k, v = (torch.randn((2, 2, 32, 96), generator=draw).mT for _ in range(3))
+    elif view == "one key for all":
+        q, k, v = x.q, x.k[:, :1, :1].expand(shape), x.v[:1].expand(shape)
+    else:
+        q, k, v = (torch.randn((2, 2, 96, 64), generator=draw)[..., ::2] for _ in range(3))
+    assert (q.shape, k.shape, v.shape) == (shape,) * 3
+    results = []
+    for backend, dtype in (("cpp", torch.float32), ("reference", torch.float64)):
+        qkv = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = block_sparse_attention(*qkv, x.layout, backend=backend)
+        # The gradient of a sum is one number, expanded.
+        results.append([out, *torch.autograd.grad(out.sum(), qkv)])
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_keep_nothing_are_zero_and_have_no_gradient():
     inputs = make(Case())
     with poisoned():
