@@ -14,7 +14,7 @@ from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
 from spion_ds.errors import ConfigError, unknown_name
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "triton", "cpp")
 PRUNED = ("zero", "excluded")
 
 
@@ -49,8 +49,9 @@ def block_sparse_attention(
         dropout_p: probability of dropping a kept probability.
         dropout_key: (batch,) int32 keys of the counter-based generator (attention/dropout.py);
             drawn from PyTorch's default generator if None.
-        backend: ``"reference"`` is the specification, ``"torch"`` and ``"triton"`` cost in
-            proportion to the kept blocks, ``"auto"`` takes triton on a GPU and torch elsewhere.
+        backend: ``"reference"`` is the specification, the others cost in proportion to the kept
+            blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
+            serve.
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
@@ -87,7 +88,7 @@ def block_sparse_attention(
 
 
 def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:
-    """Return the backend's function; "auto" takes the Triton kernels where they serve."""
+    """Return the backend's function; "auto" takes the kernels of the device where they serve."""
     if backend == "reference":
         return block_sparse_attention_reference
     if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
@@ -95,6 +96,11 @@ def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..
 
         if backend == "triton" or triton_backend.unsupported(q, layout) is None:
             return triton_backend.block_sparse_attention_triton
+    if backend == "cpp" or (backend == "auto" and q.device.type == "cpu"):
+        from spion_ds.attention import cpu_backend
+
+        if backend == "cpp" or cpu_backend.unsupported(q, layout) is None:
+            return cpu_backend.block_sparse_attention_cpu
     return block_sparse_attention_torch
 
 
