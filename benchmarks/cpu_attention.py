@@ -1,6 +1,6 @@
 """Block-sparse attention on a CPU: correctness first, then time against dense attention.
 
-    python benchmarks/cpu_attention.py --out benchmarks/results/cpu_attention.md
+    python benchmarks/cpu_attention.py --out benchmarks/results/DATE-PROCESSOR.md
 
 Every round times every implementation once, so that other work on the machine hits all of them.
 """
@@ -10,17 +10,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import platform
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from layouts import spion_like_mask
+from timing import machine_lines
 from torch import Tensor
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
@@ -81,22 +81,16 @@ def main() -> None:
 
 def page(lines: list[str], arguments: argparse.Namespace) -> str:
     """Return the page: what, where, how, table."""
-    command = " ".join(["python", "benchmarks/cpu_attention.py", *sys.argv[1:]])
     return "\n".join(
         [
             "# Block-sparse attention on a CPU",
             "",
-            f"{date.today()}, {processor()}, {arguments.threads} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}; PyTorch {torch.__version__}, "
-            f"Python {platform.python_version()}.",
-            "",
-            f"    {command}",
-            "",
+            *machine_lines(),
             f"Medians of {arguments.rounds} interleaved rounds, minima in brackets; ratios are "
             "of minima, which other work on the machine disturbs least. Every row first passed "
             "its check against the float64 reference. Shapes are batch, heads, tokens, head_dim. "
             "SDPA is PyTorch's dense scaled_dot_product_attention; torch and cpp are backends of "
-            "block_sparse_attention. Layouts: diagonal, hot columns, random rest. MiB is the peak "
+            "block_sparse_attention. Layouts: benchmarks/layouts.py. MiB is the peak "
             "memory above the inputs, with output, gradients and workspaces.",
             "",
             *lines,
@@ -107,7 +101,8 @@ def page(lines: list[str], arguments: argparse.Namespace) -> str:
 
 def measure(setting: Setting, rounds: int) -> list[str]:
     """Return the table's lines for a setting: forward, then forward and backward."""
-    layout = make_layout(setting)
+    blocks = -(-setting.length // setting.block)
+    layout = BlockLayout.from_mask(spion_like_mask(blocks, setting.density), setting.block)
     draw = torch.Generator().manual_seed(0)
     shape = (setting.batch, setting.heads, setting.length, setting.head_dim)
     q, k, v, grad_out = (torch.randn(shape, generator=draw).to(setting.dtype) for _ in range(4))
@@ -152,22 +147,6 @@ def measure(setting: Setting, rounds: int) -> list[str]:
     return lines
 
 
-def make_layout(setting: Setting) -> BlockLayout:
-    """Return the diagonal, then hot columns for half of what is left, then random blocks."""
-    n = -(-setting.length // setting.block)
-    draw = torch.Generator().manual_seed(1)
-    wanted = max(n, round(setting.density * n * n))
-    mask = torch.eye(n, dtype=torch.bool)
-    hot = (wanted - n) // 2
-    for number in range(-(-hot // n)):
-        rows = torch.randperm(n, generator=draw)[: hot - number * n]
-        mask[rows, number * 7 % n] = True
-    free = (~mask.flatten()).nonzero()[:, 0]
-    chosen = torch.randperm(len(free), generator=draw)[: wanted - int(mask.sum())]
-    mask.view(-1)[free[chosen]] = True
-    return BlockLayout.from_mask(mask, setting.block)
-
-
 def check(setting: Setting, layout: BlockLayout, *tensors: Tensor) -> None:
     """Exit unless one head of one sample agrees with the reference, out and gradients."""
     q, k, v, grad_out = (x[:1, :1] for x in tensors)
@@ -199,16 +178,6 @@ def peak_mib(run: Callable[[], object]) -> float:
     before = kib("VmRSS")
     run()
     return (kib("VmHWM") - before) / 1024
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # tracing cannot follow locks
 def _ready() -> bool:
     """Return whether the operators are loaded, with their fake versions and autograd."""
     global _registered
@@ -82,11 +83,6 @@ def _ready() -> bool:
             torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
             _registered = True
     return True
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler:
-# tracing calls the function and keeps its answer, since it cannot trace locks.
-vars(_ready)["_dynamo_marked_constant"] = True
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -146,17 +146,11 @@ def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> No
         raise ConfigError(
             f"the layout is on {layout.device}, q on {q.device}; call layout.to({str(q.device)!r})"
         )
-    if causal and _reaches_above_diagonal(layout):
+    if causal and layout.above_diagonal:
         raise ConfigError(
             "causal=True, but the layout keeps blocks wholly above the diagonal; remove them with "
             "mask.tril() before BlockLayout.from_mask"
         )
-
-
-def _reaches_above_diagonal(layout: BlockLayout) -> bool:
-    if "above_diagonal" not in layout.plans:
-        layout.plans["above_diagonal"] = bool(layout.to_mask().triu(1).any())
-    return layout.plans["above_diagonal"]
 
 
 def _check_dropout_key(dropout_key: Tensor | None, q: Tensor) -> Tensor:
