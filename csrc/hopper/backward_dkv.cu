@@ -1,0 +1,308 @@
+// dK and dV. A warpgroup owns 64 keys, summed over the query heads that share them; tiles are queries
+// and output gradients. Scores are computed transposed, keys by queries, so that probabilities come
+// out of the tensor cores as the register operand of the next product.
+//
+// A hot key block, kept by nearly every query block, is cut into parts of its own warpgroups. Each
+// leaves float32 sums in the workspace and a second kernel adds them in a fixed order.
+
+#include "stream.cuh"
+#include "tensor_map.h"
+
+namespace spion_hopper {
+namespace {
+
+// lse and delta of the 64 queries of a tile.
+constexpr int kStatisticsBytes = 2 * kBlock * 4;
+
+template <int kHeadDim>
+using DkvRing = Ring<kHeadDim, kStatisticsBytes>;
+
+struct DkvTensors {
+  HopperTensor dk, dv;
+  const float* lse;
+  const float* delta;
+  float* workspace;
+  int slot_count;
+};
+
+// Floats of one slot of the workspace: dK, then dV, in the order of threads' registers.
+template <int kHeadDim>
+constexpr int kSlotFloats = 2 * kBlock * kHeadDim;
+
+template <int kHeadDim>
+__device__ __forceinline__ void store_slot(float* slot, const float (&values)[kHeadDim / 2],
+                                           int thread) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 8; ++i) {
+    reinterpret_cast<float4*>(slot)[i * 128 + thread] = make_float4(
+        values[i * 4], values[i * 4 + 1], values[i * 4 + 2], values[i * 4 + 3]);
+  }
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void add_slot(float (&values)[kHeadDim / 2], const float* slot,
+                                         int thread) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 8; ++i) {
+    const float4 x = reinterpret_cast<const float4*>(slot)[i * 128 + thread];
+    values[i * 4] += x.x;
+    values[i * 4 + 1] += x.y;
+    values[i * 4 + 2] += x.z;
+    values[i * 4 + 3] += x.w;
+  }
+}
+
+// Writes dK and dV of one block; a padded key is never attended to, so its gradients are 0.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void store_gradients(const HopperProblem& problem,
+                                                const DkvTensors& tensors, const Place& where,
+                                                int own, const float (&dk)[kHeadDim / 2],
+                                                const float (&dv)[kHeadDim / 2], int row_in_block,
+                                                int column) {
+  const uint64_t bits = key_bits(problem, where.batch, own);
+  const float low = bits >> row_in_block & 1 ? 1.0f : 0.0f;
+  const float high = bits >> (row_in_block + 8) & 1 ? 1.0f : 0.0f;
+  const int row = own * kBlock + row_in_block;
+  store_rows<T, kHeadDim>(dk, head_of<T>(tensors.dk, where.batch, where.head),
+                          tensors.dk.token_stride, row, column, problem.keys, low * problem.scale,
+                          high * problem.scale);
+  store_rows<T, kHeadDim>(dv, head_of<T>(tensors.dv, where.batch, where.head),
+                          tensors.dv.token_stride, row, column, problem.keys, low, high);
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void consume(const HopperProblem& problem, const CUtensorMap* k_map,
+                                        const CUtensorMap* v_map, const DkvTensors& tensors,
+                                        const HopperWork& work, const DkvRing<kHeadDim>& ring,
+                                        uint32_t own_tiles, uint32_t own_barrier) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const int warpgroup = threadIdx.x / 128;
+  const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  const int blocks = (problem.keys + 63) / 64;
+  const float scale = problem.scale * 1.4426950408889634f;
+  const int64_t total_work =
+      int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.kv_heads);
+
+  uint32_t base = 0, own_parity = 0;
+  for (int round = 0; int64_t(round) * gridDim.x < total_work; ++round) {
+    const int64_t index = work_index(round);
+    if (index >= total_work) {
+      continue;
+    }
+    const Item item = load_item(work.items, index % work.item_count);
+    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
+    if (own >= 0) {
+      const int copy = index / work.item_count;
+      const int slot = warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
+      const Place where = place(copy, own, problem.kv_heads, blocks, problem.per_head);
+      own %= blocks;
+      // Every warp has read the last item's keys and values.
+      warpgroup_sync(warpgroup);
+      if (thread == 0) {
+        barrier_expect(own_barrier, 2 * DkvRing<kHeadDim>::kTileBytes);
+        copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
+        copy_tile<kHeadDim>(own_tiles + DkvRing<kHeadDim>::kTileBytes, v_map, own_barrier, own,
+                            where.head, where.batch);
+      }
+      float dk[kHeadDim / 2], dv[kHeadDim / 2];
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) {
+        dk[i] = dv[i] = 0.0f;
+      }
+      uint32_t held = 0;
+      bool holds = false;
+      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
+      int position, partner;
+      barrier_wait(own_barrier, own_parity);
+      own_parity ^= 1;
+      while (walk.next(position, partner)) {
+        const uint32_t step = base + position;
+        // The stage ahead can be the one that is held: let go before a long wait.
+        if (holds && step - held >= DkvRing<kHeadDim>::kStages / 2) {
+          wgmma_wait<0>();
+          if (lane == 0) ring.release(held);
+          holds = false;
+        }
+        float probs[32], dprobs[32];
+        ring.wait_full(step);
+        wgmma_fence();
+        multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (holds && lane == 0) {
+          ring.release(held);
+        }
+        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + DkvRing<kHeadDim>::kTileBytes,
+                                         ring.tile(step, 1));
+        wgmma_commit();
+        const uint32_t statistics = ring.extra(step) + column * 4;
+        wgmma_wait<1>();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 lse = load_shared(statistics + i * 32);
+          probs[i * 4] = exp2_fast(fmaf(probs[i * 4], scale, -lse.x));
+          probs[i * 4 + 1] = exp2_fast(fmaf(probs[i * 4 + 1], scale, -lse.y));
+          probs[i * 4 + 2] = exp2_fast(fmaf(probs[i * 4 + 2], scale, -lse.x));
+          probs[i * 4 + 3] = exp2_fast(fmaf(probs[i * 4 + 3], scale, -lse.y));
+        }
+        uint32_t operand[4][4];
+        to_operand<T>(operand, probs);
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(dv, operand, ring.tile(step, 1));
+        wgmma_commit();
+        wgmma_wait<1>();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 delta = load_shared(statistics + kBlock * 4 + i * 32);
+          // The rounded probabilities serve: float32 ones would hold 32 registers more.
+          const float2 low = unpack<T>(operand[i / 2][i % 2 * 2]);
+          const float2 high = unpack<T>(operand[i / 2][i % 2 * 2 + 1]);
+          dprobs[i * 4] = low.x * (dprobs[i * 4] - delta.x);
+          dprobs[i * 4 + 1] = low.y * (dprobs[i * 4 + 1] - delta.y);
+          dprobs[i * 4 + 2] = high.x * (dprobs[i * 4 + 2] - delta.x);
+          dprobs[i * 4 + 3] = high.y * (dprobs[i * 4 + 3] - delta.y);
+        }
+        uint32_t dscores[4][4];
+        to_operand<T>(dscores, dprobs);
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
+        wgmma_commit();
+        held = step;
+        holds = true;
+      }
+      wgmma_wait<0>();
+      if (holds && lane == 0) {
+        ring.release(held);
+      }
+      if (slot < 0) {
+        store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);
+      } else {
+        float* target = tensors.workspace +
+                        (int64_t(copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
+        store_slot<kHeadDim>(target, dk, thread);
+        store_slot<kHeadDim>(target + kSlotFloats<kHeadDim> / 2, dv, thread);
+      }
+    }
+    base += item.count;
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
+    block_sparse_attention_bwd_dkv_kernel(
+        const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap grad_map,
+        const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+        const HopperProblem problem, const DkvTensors tensors, const HopperWork work) {
+  constexpr int kOwners = Roles<kHeadDim>::kOwners;
+  extern __shared__ uint8_t shared[];
+  __shared__ uint64_t barriers[2 * DkvRing<kHeadDim>::kStages + kOwners];
+  const uint32_t own_tiles = (shared_address(shared) + 1023) & ~1023u;
+  const uint32_t own_barriers = shared_address(barriers) + 16 * DkvRing<kHeadDim>::kStages;
+  const DkvRing<kHeadDim> ring(own_tiles + kOwners * 2 * DkvRing<kHeadDim>::kTileBytes,
+                               shared_address(barriers));
+  if (threadIdx.x == 0) {
+    ring.init();
+    for (int owner = 0; owner < kOwners; ++owner) {
+      barrier_init(own_barriers + 8 * owner, 1);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x >= kOwners * 128) {
+    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
+    if (threadIdx.x < kOwners * 128 + 32) {
+      const int group = problem.heads / problem.kv_heads;
+      const int query_blocks = (problem.queries + 63) / 64;
+      produce(ring, work, problem.batch * (problem.per_head ? 1 : problem.kv_heads),
+              problem.kv_heads, (problem.keys + 63) / 64, problem.per_head,
+              [&](int partner, const Place& where, uint32_t step, uint32_t full) {
+                const int head = where.head * group + partner / query_blocks;
+                const int block = partner % query_blocks;
+                copy_tile<kHeadDim>(ring.tile(step, 0), &q_map, full, block, head, where.batch);
+                copy_tile<kHeadDim>(ring.tile(step, 1), &grad_map, full, block, head, where.batch);
+                const int64_t row =
+                    ((int64_t(where.batch) * problem.heads + head) * query_blocks + block) * kBlock;
+                copy_bytes(ring.extra(step), tensors.lse + row, kBlock * 4, full);
+                copy_bytes(ring.extra(step) + kBlock * 4, tensors.delta + row, kBlock * 4, full);
+              });
+    }
+  } else {
+    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
+    const int warpgroup = threadIdx.x / 128;
+    consume<T, kHeadDim>(problem, &k_map, &v_map, tensors, work, ring,
+                         own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes,
+                         own_barriers + 8 * warpgroup);
+  }
+}
+
+// One workgroup a split block and copy.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(128)
+    block_sparse_attention_bwd_reduce_kernel(const HopperProblem problem, const DkvTensors tensors,
+                                             const HopperSplits splits) {
+  const int split = blockIdx.x % splits.split_count, copy = blockIdx.x / splits.split_count;
+  const int block = __ldg(splits.splits + split * 3);
+  const int first = __ldg(splits.splits + split * 3 + 1);
+  const int parts = __ldg(splits.splits + split * 3 + 2);
+  const int thread = threadIdx.x, lane = thread % 32;
+  const int blocks = (problem.keys + 63) / 64;
+  const Place where = place(copy, block, problem.kv_heads, blocks, problem.per_head);
+  const float* slot =
+      tensors.workspace + (int64_t(copy) * tensors.slot_count + first) * kSlotFloats<kHeadDim>;
+  float dk[kHeadDim / 2], dv[kHeadDim / 2];
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) {
+    dk[i] = dv[i] = 0.0f;
+  }
+  for (int part = 0; part < parts; ++part, slot += kSlotFloats<kHeadDim>) {
+    add_slot<kHeadDim>(dk, slot, thread);
+    add_slot<kHeadDim>(dv, slot + kSlotFloats<kHeadDim> / 2, thread);
+  }
+  store_gradients<T, kHeadDim>(problem, tensors, where, block % blocks, dk, dv,
+                               thread / 32 * 16 + lane / 4, lane % 4 * 2);
+}
+
+template <typename T, int kHeadDim>
+int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor& k,
+        const HopperTensor& v, const HopperTensor& grad, const DkvTensors& tensors,
+        const HopperWork& work, const HopperSplits& splits, cudaStream_t stream) {
+  CUtensorMap q_map, grad_map, k_map, v_map;
+  if (!make_map(&q_map, q, problem, problem.heads, problem.queries) ||
+      !make_map(&grad_map, grad, problem, problem.heads, problem.queries) ||
+      !make_map(&k_map, k, problem, problem.kv_heads, problem.keys) ||
+      !make_map(&v_map, v, problem, problem.kv_heads, problem.keys)) {
+    return cudaErrorInvalidValue;
+  }
+  const int copies = problem.batch * (problem.per_head ? 1 : problem.kv_heads);
+  const int64_t total = int64_t(work.item_count) * copies;
+  const int64_t grid = total < multiprocessors() ? total : multiprocessors();
+  const int shared =
+      DkvRing<kHeadDim>::kBytes + Roles<kHeadDim>::kOwners * 2 * DkvRing<kHeadDim>::kTileBytes;
+  const cudaError_t error =
+      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, grid, Roles<kHeadDim>::kThreads,
+             shared + 1024, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  return launch(block_sparse_attention_bwd_reduce_kernel<T, kHeadDim>,
+                int64_t(splits.split_count) * copies, 128, 0, stream, problem, tensors, splits);
+}
+
+}  // namespace
+}  // namespace spion_hopper
+
+extern "C" int hopper_backward_dkv(const HopperProblem* problem, const HopperTensor* q,
+                                   const HopperTensor* k, const HopperTensor* v,
+                                   const HopperTensor* grad, const HopperTensor* dk,
+                                   const HopperTensor* dv, const float* lse, const float* delta,
+                                   const HopperWork* work, const HopperSplits* splits,
+                                   float* workspace, cudaStream_t stream) {
+  using namespace spion_hopper;
+  const auto kernel = problem->is_half
+                          ? (problem->head_dim == 64 ? run<__half, 64> : run<__half, 128>)
+                          : (problem->head_dim == 64 ? run<__nv_bfloat16, 64>
+                                                     : run<__nv_bfloat16, 128>);
+  return kernel(*problem, *q, *k, *v, *grad,
+                DkvTensors{*dk, *dv, lse, delta, workspace, splits->slot_count}, *work, *splits,
+                stream);
+}
