@@ -109,29 +109,17 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
       for (int i = 0; i < kHeadDim / 2; ++i) {
         dk[i] = dv[i] = 0.0f;
       }
-      uint32_t held = 0;
-      bool holds = false;
       EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       int position, partner;
       barrier_wait(own_barrier, own_parity);
       own_parity ^= 1;
       while (walk.next(position, partner)) {
         const uint32_t step = base + position;
-        // The stage ahead can be the one that is held: let go before a long wait.
-        if (holds && step - held >= DkvRing<kHeadDim>::kStages / 2) {
-          wgmma_wait<0>();
-          if (lane == 0) ring.release(held);
-          holds = false;
-        }
         float probs[32], dprobs[32];
         ring.wait_full(step);
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
         wgmma_commit();
-        wgmma_wait<1>();
-        if (holds && lane == 0) {
-          ring.release(held);
-        }
         multiply_transposed<T, kHeadDim>(dprobs, own_tiles + DkvRing<kHeadDim>::kTileBytes,
                                          ring.tile(step, 1));
         wgmma_commit();
@@ -167,12 +155,10 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
         wgmma_fence();
         accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
         wgmma_commit();
-        held = step;
-        holds = true;
-      }
-      wgmma_wait<0>();
-      if (holds && lane == 0) {
-        ring.release(held);
+        wgmma_wait<0>();
+        if (lane == 0) {
+          ring.release(step);
+        }
       }
       if (slot < 0) {
         store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);

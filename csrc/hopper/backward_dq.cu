@@ -72,28 +72,16 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
       for (int i = 0; i < kHeadDim / 2; ++i) {
         sums[i] = 0.0f;
       }
-      uint32_t held = 0;
-      bool holds = false;
       EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       int position, partner;
       while (walk.next(position, partner)) {
         const uint32_t step = base + position;
-        // The stage ahead can be the one that is held: let go before a long wait.
-        if (holds && step - held >= Ring<kHeadDim>::kStages / 2) {
-          wgmma_wait<0>();
-          if (lane == 0) ring.release(held);
-          holds = false;
-        }
         const uint64_t bits = key_bits(problem, where.batch, partner);
         float probs[32], dprobs[32];
         ring.wait_full(step);
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(probs, q_operand, ring.tile(step, 0));
         wgmma_commit();
-        wgmma_wait<1>();
-        if (holds && lane == 0) {
-          ring.release(held);
-        }
         multiply_transposed<T, kHeadDim>(dprobs, grad_operand, ring.tile(step, 1));
         wgmma_commit();
         wgmma_wait<1>();
@@ -114,12 +102,10 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
         wgmma_fence();
         accumulate_product<T, kHeadDim>(sums, dscores, ring.tile(step, 0));
         wgmma_commit();
-        held = step;
-        holds = true;
-      }
-      wgmma_wait<0>();
-      if (holds && lane == 0) {
-        ring.release(held);
+        wgmma_wait<0>();
+        if (lane == 0) {
+          ring.release(step);
+        }
       }
       store_rows<T, kHeadDim>(sums, head_of<T>(tensors.dq, where.batch, where.head),
                               tensors.dq.token_stride, row, column, problem.queries, problem.scale,

@@ -1,0 +1,197 @@
+"""Check the Hopper kernels against the fp64 reference, then time them against dense attention.
+
+    python benchmarks/hopper_check.py [--no-check] [--no-time] [--shapes 0,1,2] [--split]
+
+Needs a Hopper GPU. Times are medians of triton.testing.do_bench, which empties the L2 cache between
+runs; the dense baseline is scaled_dot_product_attention's cuDNN backend in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from triton.testing import do_bench
+
+from spion_ds.attention import hopper_backend
+from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.reference import block_sparse_attention_reference
+
+# (batch, heads, L, head_dim, block): goals in units of dense time, by density.
+GOALS = {
+    (2, 8, 16384, 64, 64): {0.25: 0.26, 0.10: 0.097, 0.05: 0.066},
+    (2, 8, 16384, 64, 128): {0.25: 0.26, 0.10: 0.097, 0.05: 0.066},
+    (2, 8, 16384, 128, 64): {0.25: 0.27, 0.10: 0.105, 0.05: 0.074},
+    (2, 8, 16384, 128, 128): {0.25: 0.27, 0.10: 0.105, 0.05: 0.074},
+    (8, 8, 4096, 64, 64): {0.25: 0.28, 0.10: 0.155, 0.05: 0.11},
+}
+
+
+def spion_like_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tensor:
+    """Return (rows, columns) bool: a band of 3, a few hot columns, and the rest at random."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(rows)[:, None] - torch.arange(columns)[None]).abs() <= 1
+    mask[:, torch.randperm(columns, generator=generator)[: max(1, columns // 64)]] = True
+    order = torch.rand((rows, columns), generator=generator).masked_fill(mask, -1.0).argsort(dim=1)
+    mask.scatter_(1, order[:, : max(1, round(density * columns))], True)
+    return mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, **options: object) -> Tensor:
+    arguments = dict(
+        key_padding_mask=None, causal=False, scale=q.shape[3] ** -0.5, pruned="zero",
+        dropout_p=0.0, dropout_key=None,
+    )
+    return hopper_backend.block_sparse_attention_hopper(q, k, v, layout, **(arguments | options))
+
+
+def check_case(
+    name: str,
+    shape: tuple[int, int, int, int, int, int],
+    block: int,
+    dtype: torch.dtype,
+    *,
+    layout_heads: int = 1,
+    padding: bool = False,
+    pruned: str = "zero",
+    strided: bool = False,
+    density: float = 0.3,
+) -> bool:
+    """Compare out, dQ, dK and dV with the reference in fp64, and two runs bit by bit."""
+    batch, heads, kv_heads, queries, keys, head_dim = shape
+    rows, columns = -(-queries // block), -(-keys // block)
+    mask = torch.rand(layout_heads, rows, columns) < density
+    mask[:, :, 0] = True
+    mask[:, rows // 2] = False
+    layout = BlockLayout.from_mask(mask if layout_heads > 1 else mask[0], block).to("cuda")
+
+    def tensor(h: int, tokens: int) -> Tensor:
+        if strided:
+            x = torch.randn(batch, tokens, h, head_dim, device="cuda", dtype=dtype)
+            return x.transpose(1, 2).requires_grad_()
+        return torch.randn(batch, h, tokens, head_dim, device="cuda", dtype=dtype).requires_grad_()
+
+    q, k, v = tensor(heads, queries), tensor(kv_heads, keys), tensor(kv_heads, keys)
+    grad = tensor(heads, queries).detach()
+    real = None
+    if padding:
+        real = torch.rand(batch, keys, device="cuda") < 0.7
+        real[0, : keys // 2] = False
+    options = dict(key_padding_mask=real, pruned=pruned, scale=head_dim**-0.5 * 1.3)
+    runs = []
+    for _ in range(2):
+        torch.empty(64 << 20, device="cuda").fill_(float("nan"))
+        out = attend(q, k, v, layout, **options)
+        runs.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    double = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = block_sparse_attention_reference(
+        *double, layout, causal=False, dropout_p=0.0, dropout_key=None, **options
+    )
+    expected = (expected, *torch.autograd.grad(expected, double, grad.double()))
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(runs[0], expected)]
+    same = all(torch.equal(a, b) for a, b in zip(*runs))
+    good = same and all(error < 1e-2 for error in errors)
+    shown = " ".join(f"{error:.1e}" for error in errors)
+    print(f"{'ok  ' if good else 'FAIL'} {name:28} {shown} {'' if same else 'NOT DETERMINISTIC'}")
+    return good
+
+
+def check() -> bool:
+    """Run all cases; return whether all agree."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    good = True
+    for head_dim in (64, 128):
+        for block in (64, 128):
+            for dtype in (bf16, fp16):
+                tag = f"D{head_dim} block {block} {str(dtype)[6:]}"
+                shape = (2, 3, 3, 517, 517, head_dim)
+                good &= check_case(tag, shape, block, dtype)
+        base = (2, 4, 2, 700, 333, head_dim)
+        good &= check_case("GQA", base, 64, bf16)
+        good &= check_case("GQA block 128 excluded", base, 128, bf16, pruned="excluded")
+        good &= check_case("per head GQA", base, 64, fp16, layout_heads=4)
+        good &= check_case("padding", base, 64, bf16, padding=True)
+        good &= check_case("padding excluded", base, 128, bf16, padding=True, pruned="excluded")
+        good &= check_case("padding per head", base, 64, bf16, padding=True, layout_heads=4)
+        good &= check_case("strided", base, 64, bf16, strided=True)
+        good &= check_case("one token", (1, 1, 1, 1, 70, head_dim), 64, bf16)
+        good &= check_case("long", (1, 2, 2, 4100, 4100, head_dim), 64, bf16, density=0.05)
+    print("all agree" if good else "SOME DISAGREE")
+    return good
+
+
+def kernel_times(run: object, repeats: int = 10) -> dict[str, float]:
+    """Return mean milliseconds a kernel, by the part of its name that tells it apart."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in recorded.key_averages():
+        for part in ("fwd_kernel", "dq_kernel", "dkv_kernel", "reduce_kernel"):
+            if part in event.key:
+                times[part] = times.get(part, 0.0) + event.device_time_total / 1e3 / repeats
+    return times
+
+
+def time_shapes(indices: list[int]) -> None:
+    """Print times, ratios to dense and to the goal, and rates of each kernel."""
+    print("shape                     dens  fwd    dq     dkv    red    total  dense  ratio  goal  "
+          "TFLOP/s fwd dq dkv")
+    dense_times: dict[tuple[int, ...], float] = {}
+    for index, ((batch, heads, tokens, head_dim, block), goals) in enumerate(GOALS.items()):
+        if index not in indices:
+            continue
+        shape = (batch, heads, tokens, head_dim)
+        q, k, v = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for _ in range(3)
+        )
+        grad = torch.randn_like(q)
+        if shape not in dense_times:
+            def dense() -> None:
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    out = scaled_dot_product_attention(q, k, v)
+                torch.autograd.grad(out, (q, k, v), grad)
+            dense_times[shape] = do_bench(dense, warmup=20, rep=120, return_mode="median")
+        for density, goal in goals.items():
+            mask = spion_like_mask(tokens // block, tokens // block, density)
+            layout = BlockLayout.from_mask(mask, block).to("cuda")
+
+            def sparse() -> None:
+                torch.autograd.grad(attend(q, k, v, layout), (q, k, v), grad)
+
+            total = do_bench(sparse, warmup=20, rep=100, return_mode="median")
+            parts = kernel_times(sparse)
+            flop = 2 * batch * heads * tokens * tokens * head_dim * layout.density / 1e9
+            f, q_, kv = (parts.get(name, 0.0) for name in ("fwd_kernel", "dq_kernel", "dkv_kernel"))
+            ratio = total / dense_times[shape]
+            print(
+                f"{shape!s:20} {block:4} {density:.2f} {f:6.3f} {q_:6.3f} {kv:6.3f} "
+                f"{parts.get('reduce_kernel', 0.0):6.3f} {total:6.3f} {dense_times[shape]:6.3f} "
+                f"{ratio:6.4f} {goal:5.3f} {'OK  ' if ratio <= goal else 'miss'} "
+                f"{2 * flop / f:4.0f} {3 * flop / q_:4.0f} {4 * flop / kv:4.0f}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--shapes", default=",".join(map(str, range(len(GOALS)))))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    good = options.no_check or check()
+    if good and not options.no_time:
+        time_shapes([int(index) for index in options.shapes.split(",")])
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
