@@ -65,7 +65,7 @@ def check_case(
     rows, columns = -(-queries // block), -(-keys // block)
     mask = torch.rand(layout_heads, rows, columns) < density
     mask[:, :, 0] = True
-    mask[:, rows // 2] = False
+    mask[:, rows // 2 : rows // 2 + (rows > 1)] = False
     layout = BlockLayout.from_mask(mask if layout_heads > 1 else mask[0], block).to("cuda")
 
     def tensor(h: int, tokens: int) -> Tensor:
@@ -119,6 +119,8 @@ def check() -> bool:
         good &= check_case("strided", base, 64, bf16, strided=True)
         good &= check_case("one token", (1, 1, 1, 1, 70, head_dim), 64, bf16)
         good &= check_case("long", (1, 2, 2, 4100, 4100, head_dim), 64, bf16, density=0.05)
+        good &= check_case("many items", (4, 16, 16, 1100, 1100, head_dim), 64, bf16)
+        good &= check_case("dense", (2, 3, 3, 4096, 4096, head_dim), 64, bf16, density=0.8)
     print("all agree" if good else "SOME DISAGREE")
     return good
 

@@ -83,7 +83,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
   const int64_t total_work =
       int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.kv_heads);
 
-  uint32_t base = 0, own_parity = 0;
+  uint32_t base = 0, seen = 0, own_parity = 0;
   for (int round = 0; int64_t(round) * gridDim.x < total_work; ++round) {
     const int64_t index = work_index(round);
     if (index >= total_work) {
@@ -116,7 +116,9 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
       while (walk.next(position, partner)) {
         const uint32_t step = base + position;
         float probs[32], dprobs[32];
+        ring.pass_over(seen, step, lane);
         ring.wait_full(step);
+        seen = step + 1;
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
         wgmma_commit();
@@ -170,6 +172,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
       }
     }
     base += item.count;
+    ring.pass_over(seen, base, lane);
   }
 }
 

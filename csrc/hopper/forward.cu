@@ -70,7 +70,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
   const int64_t total_work =
       int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.heads);
 
-  uint32_t base = 0;
+  uint32_t base = 0, seen = 0;
   for (int round = 0; int64_t(round) * gridDim.x < total_work; ++round) {
     const int64_t index = work_index(round);
     if (index >= total_work) {
@@ -109,7 +109,9 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
         const uint64_t bits = key_bits(problem, where.batch, partner);
         kept += __popcll(bits);
         float scores[32];
+        ring.pass_over(seen, step, lane);
         ring.wait_full(step);
+        seen = step + 1;
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(scores, q_operand, ring.tile(step, 0));
         wgmma_commit();
@@ -158,6 +160,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
                               column, problem.queries, factor[0], factor[1]);
     }
     base += item.count;
+    ring.pass_over(seen, base, lane);
   }
 }
 

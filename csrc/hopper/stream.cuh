@@ -132,6 +132,18 @@ struct Ring {
   __device__ __forceinline__ void release(uint32_t step) const {
     barrier_arrive(empty + 8 * stage(step));
   }
+  // Passes over the steps from ``seen`` up to ``step``, which this warp does not need. It waits for
+  // each: a phase is told from the one two before only by a waiter that misses none.
+  __device__ __forceinline__ void pass_over(uint32_t& seen, uint32_t step, int lane) const {
+    if (lane == 0) {
+      for (; seen != step; ++seen) {
+        wait_full(seen);
+        release(seen);
+      }
+    }
+    __syncwarp();
+    seen = step;
+  }
 };
 
 // The producer warp: streams every entry of every item. copy(item, partner, place, stage target,
@@ -165,11 +177,6 @@ __device__ __forceinline__ void produce(const R& ring, const HopperWork& work, i
           const uint32_t full = ring.full + 8 * R::stage(step);
           const uint32_t empty = ring.empty + 8 * R::stage(step);
           barrier_wait(empty, R::parity(step) ^ 1);
-          // Arrives for the warpgroups that pass this entry over.
-          const int absent = R::kOwners - __popc(entry & ((1 << R::kOwners) - 1));
-          if (absent > 0) {
-            barrier_arrive(empty, 4 * absent);
-          }
           barrier_expect(full, 2 * R::kTileBytes + R::kExtraBytes);
           copy(entry >> kMaskBits, where, step, full);
         }
