@@ -24,13 +24,15 @@ struct HopperProblem {
   const int32_t* key_counts;
 };
 
-// What the workgroups do, in order. An item is 8 ints: first entry, entries, 3 own blocks (-1: none),
-// 3 slots of the workspace (-1: write the result itself). An entry is partner block * 8 + the
-// warpgroups that need it. Blocks are of 64 tokens.
+// What the workgroups do. Workgroup i takes the items starts[i] .. starts[i + 1]. An item is 12 ints:
+// first entry, entries, copy, 3 own blocks (-1: none), 3 slots of the workspace (-1: write the result
+// itself), 3 unused. An entry is partner block * 8 + the warpgroups that need it. Blocks are of 64
+// tokens; a copy is a (batch, head) of a shared layout, or a batch where each head has its layout.
 struct HopperWork {
   const int32_t* items;
   const int32_t* entries;
-  int32_t item_count;
+  const int32_t* starts;
+  int32_t workgroups;
 };
 
 // Blocks whose dK and dV come in several parts: 3 ints each: block, first slot, slots.
@@ -39,18 +41,20 @@ struct HopperSplits {
   int32_t split_count, slot_count;
 };
 
-// Each returns a cudaError_t, 0 on success. lse and delta: (batch, heads, queries rounded up to 64).
+// Each returns a cudaError_t, 0 on success. lse: (batch, heads, queries rounded up to 64).
+// statistics: (batch, heads, blocks of 64 queries, 2, 64), lse and delta as the dK, dV kernel reads
+// them; the dQ kernel writes it.
 int hopper_forward(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
                    const HopperTensor* v, const HopperTensor* out, float* lse, const HopperWork*,
                    cudaStream_t);
 int hopper_backward_dq(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
                        const HopperTensor* v, const HopperTensor* out, const HopperTensor* grad,
-                       const HopperTensor* dq, const float* lse, float* delta, const HopperWork*,
+                       const HopperTensor* dq, const float* lse, float* statistics,
+                       const HopperWork*,
                        cudaStream_t);
 int hopper_backward_dkv(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
                         const HopperTensor* v, const HopperTensor* grad, const HopperTensor* dk,
-                        const HopperTensor* dv, const float* lse, const float* delta,
-                        const HopperWork*, const HopperSplits*, float* workspace, cudaStream_t);
+                        const HopperTensor* dv, const float* statistics, const HopperWork*, const HopperSplits*, float* workspace, cudaStream_t);
 int hopper_pack_padding(const uint8_t* mask, int32_t batch, int32_t keys, uint64_t* key_bits,
                         int32_t* key_counts, cudaStream_t);
 }

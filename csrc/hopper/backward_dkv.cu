@@ -11,7 +11,7 @@
 namespace spion_hopper {
 namespace {
 
-// lse and delta of the 64 queries of a tile.
+// lse and delta of the 64 queries of a tile, each in the order of statistics_index.
 constexpr int kStatisticsBytes = 2 * kBlock * 4;
 
 template <int kHeadDim>
@@ -19,8 +19,7 @@ using DkvRing = Ring<kHeadDim, kStatisticsBytes>;
 
 struct DkvTensors {
   HopperTensor dk, dv;
-  const float* lse;
-  const float* delta;
+  const float* statistics;
   float* workspace;
   int slot_count;
 };
@@ -76,25 +75,18 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
                                         const HopperWork& work, const DkvRing<kHeadDim>& ring,
                                         uint32_t own_tiles, uint32_t own_barrier) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.keys + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  const int64_t total_work =
-      int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.kv_heads);
-
-  uint32_t base = 0, seen = 0, own_parity = 0;
-  for (int round = 0; int64_t(round) * gridDim.x < total_work; ++round) {
-    const int64_t index = work_index(round);
-    if (index >= total_work) {
-      continue;
-    }
-    const Item item = load_item(work.items, index % work.item_count);
+  uint32_t base = 0, seen = DkvRing<kHeadDim>::kWindow - 1, own_parity = 0;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
     int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
     if (own >= 0) {
-      const int copy = index / work.item_count;
       const int slot = warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
-      const Place where = place(copy, own, problem.kv_heads, blocks, problem.per_head);
+      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
       own %= blocks;
       // Every warp has read the last item's keys and values.
       warpgroup_sync(warpgroup);
@@ -116,24 +108,27 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
       while (walk.next(position, partner)) {
         const uint32_t step = base + position;
         float probs[32], dprobs[32];
-        ring.pass_over(seen, step, lane);
-        ring.wait_full(step);
-        seen = step + 1;
+        ring.wait_full(step, seen);
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
         wgmma_commit();
         multiply_transposed<T, kHeadDim>(dprobs, own_tiles + DkvRing<kHeadDim>::kTileBytes,
                                          ring.tile(step, 1));
         wgmma_commit();
-        const uint32_t statistics = ring.extra(step) + column * 4;
+        const uint32_t statistics = ring.extra(step) + column * 32;
         wgmma_wait<1>();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float2 lse = load_shared(statistics + i * 32);
-          probs[i * 4] = exp2_fast(fmaf(probs[i * 4], scale, -lse.x));
-          probs[i * 4 + 1] = exp2_fast(fmaf(probs[i * 4 + 1], scale, -lse.y));
-          probs[i * 4 + 2] = exp2_fast(fmaf(probs[i * 4 + 2], scale, -lse.x));
-          probs[i * 4 + 3] = exp2_fast(fmaf(probs[i * 4 + 3], scale, -lse.y));
+        for (int i = 0; i < 4; ++i) {
+          const float4 lse = load_shared(statistics + i * 16);
+          float* p = probs + i * 8;
+          p[0] = exp2_fast(fmaf(p[0], scale, -lse.x));
+          p[1] = exp2_fast(fmaf(p[1], scale, -lse.y));
+          p[2] = exp2_fast(fmaf(p[2], scale, -lse.x));
+          p[3] = exp2_fast(fmaf(p[3], scale, -lse.y));
+          p[4] = exp2_fast(fmaf(p[4], scale, -lse.z));
+          p[5] = exp2_fast(fmaf(p[5], scale, -lse.w));
+          p[6] = exp2_fast(fmaf(p[6], scale, -lse.z));
+          p[7] = exp2_fast(fmaf(p[7], scale, -lse.w));
         }
         uint32_t operand[4][4];
         to_operand<T>(operand, probs);
@@ -142,37 +137,41 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
         wgmma_commit();
         wgmma_wait<1>();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float2 delta = load_shared(statistics + kBlock * 4 + i * 32);
-          // The rounded probabilities serve: float32 ones would hold 32 registers more.
-          const float2 low = unpack<T>(operand[i / 2][i % 2 * 2]);
-          const float2 high = unpack<T>(operand[i / 2][i % 2 * 2 + 1]);
-          dprobs[i * 4] = low.x * (dprobs[i * 4] - delta.x);
-          dprobs[i * 4 + 1] = low.y * (dprobs[i * 4 + 1] - delta.y);
-          dprobs[i * 4 + 2] = high.x * (dprobs[i * 4 + 2] - delta.x);
-          dprobs[i * 4 + 3] = high.y * (dprobs[i * 4 + 3] - delta.y);
+        for (int i = 0; i < 4; ++i) {
+          const float4 delta = load_shared(statistics + kBlock * 4 + i * 16);
+          float* dp = dprobs + i * 8;
+          dp[0] -= delta.x;
+          dp[1] -= delta.y;
+          dp[2] -= delta.x;
+          dp[3] -= delta.y;
+          dp[4] -= delta.z;
+          dp[5] -= delta.w;
+          dp[6] -= delta.z;
+          dp[7] -= delta.w;
         }
         uint32_t dscores[4][4];
         to_operand<T>(dscores, dprobs);
+        // In pairs of T: float32 probabilities would hold 32 registers more, and half the products do.
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          dscores[i / 4][i % 4] = multiply_pairs<T>(dscores[i / 4][i % 4], operand[i / 4][i % 4]);
+        }
         wgmma_fence();
         accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
         wgmma_commit();
         wgmma_wait<0>();
-        if (lane == 0) {
-          ring.release(step);
-        }
+        ring.release(step, lane);
       }
       if (slot < 0) {
         store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);
       } else {
         float* target = tensors.workspace +
-                        (int64_t(copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
+                        (int64_t(item.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
         store_slot<kHeadDim>(target, dk, thread);
         store_slot<kHeadDim>(target + kSlotFloats<kHeadDim> / 2, dv, thread);
       }
     }
     base += item.count;
-    ring.pass_over(seen, base, lane);
   }
 }
 
@@ -184,9 +183,9 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
         const HopperProblem problem, const DkvTensors tensors, const HopperWork work) {
   constexpr int kOwners = Roles<kHeadDim>::kOwners;
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[2 * DkvRing<kHeadDim>::kStages + kOwners];
+  __shared__ uint64_t barriers[DkvRing<kHeadDim>::kBarrierWords + kOwners];
   const uint32_t own_tiles = (shared_address(shared) + 1023) & ~1023u;
-  const uint32_t own_barriers = shared_address(barriers) + 16 * DkvRing<kHeadDim>::kStages;
+  const uint32_t own_barriers = shared_address(barriers) + 8 * DkvRing<kHeadDim>::kBarrierWords;
   const DkvRing<kHeadDim> ring(own_tiles + kOwners * 2 * DkvRing<kHeadDim>::kTileBytes,
                                shared_address(barriers));
   if (threadIdx.x == 0) {
@@ -202,22 +201,21 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     if (threadIdx.x < kOwners * 128 + 32) {
       const int group = problem.heads / problem.kv_heads;
       const int query_blocks = (problem.queries + 63) / 64;
-      produce(ring, work, problem.batch * (problem.per_head ? 1 : problem.kv_heads),
-              problem.kv_heads, (problem.keys + 63) / 64, problem.per_head,
+      produce(ring, work, problem.kv_heads, (problem.keys + 63) / 64, problem.per_head,
               [&](int partner, const Place& where, uint32_t step, uint32_t full) {
                 const int head = where.head * group + partner / query_blocks;
                 const int block = partner % query_blocks;
                 copy_tile<kHeadDim>(ring.tile(step, 0), &q_map, full, block, head, where.batch);
                 copy_tile<kHeadDim>(ring.tile(step, 1), &grad_map, full, block, head, where.batch);
                 const int64_t row =
-                    ((int64_t(where.batch) * problem.heads + head) * query_blocks + block) * kBlock;
-                copy_bytes(ring.extra(step), tensors.lse + row, kBlock * 4, full);
-                copy_bytes(ring.extra(step) + kBlock * 4, tensors.delta + row, kBlock * 4, full);
+                    (int64_t(where.batch) * problem.heads + head) * query_blocks + block;
+                copy_bytes(ring.extra(step), tensors.statistics + row * 2 * kBlock,
+                           kStatisticsBytes, full);
               });
     }
   } else {
     grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = warpgroup_index();
     consume<T, kHeadDim>(problem, &k_map, &v_map, tensors, work, ring,
                          own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes,
                          own_barriers + 8 * warpgroup);
@@ -263,12 +261,10 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
     return cudaErrorInvalidValue;
   }
   const int copies = problem.batch * (problem.per_head ? 1 : problem.kv_heads);
-  const int64_t total = int64_t(work.item_count) * copies;
-  const int64_t grid = total < multiprocessors() ? total : multiprocessors();
   const int shared =
       DkvRing<kHeadDim>::kBytes + Roles<kHeadDim>::kOwners * 2 * DkvRing<kHeadDim>::kTileBytes;
   const cudaError_t error =
-      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, grid, Roles<kHeadDim>::kThreads,
+      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, work.workgroups, Roles<kHeadDim>::kThreads,
              shared + 1024, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
   if (error != cudaSuccess) {
     return error;
@@ -283,7 +279,7 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
 extern "C" int hopper_backward_dkv(const HopperProblem* problem, const HopperTensor* q,
                                    const HopperTensor* k, const HopperTensor* v,
                                    const HopperTensor* grad, const HopperTensor* dk,
-                                   const HopperTensor* dv, const float* lse, const float* delta,
+                                   const HopperTensor* dv, const float* statistics,
                                    const HopperWork* work, const HopperSplits* splits,
                                    float* workspace, cudaStream_t stream) {
   using namespace spion_hopper;
@@ -292,6 +288,6 @@ extern "C" int hopper_backward_dkv(const HopperProblem* problem, const HopperTen
                           : (problem->head_dim == 64 ? run<__nv_bfloat16, 64>
                                                      : run<__nv_bfloat16, 128>);
   return kernel(*problem, *q, *k, *v, *grad,
-                DkvTensors{*dk, *dv, lse, delta, workspace, splits->slot_count}, *work, *splits,
+                DkvTensors{*dk, *dv, statistics, workspace, splits->slot_count}, *work, *splits,
                 stream);
 }

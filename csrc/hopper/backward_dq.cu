@@ -9,31 +9,25 @@ namespace {
 struct DqTensors {
   HopperTensor q, out, grad, dq;
   const float* lse;
-  float* delta;
+  float* statistics;
 };
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTensors& tensors,
                                         const HopperWork& work, const Ring<kHeadDim>& ring) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.queries + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  const int64_t total_work =
-      int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.heads);
-
-  uint32_t base = 0, seen = 0;
-  for (int round = 0; int64_t(round) * gridDim.x < total_work; ++round) {
-    const int64_t index = work_index(round);
-    if (index >= total_work) {
-      continue;
-    }
-    const Item item = load_item(work.items, index % work.item_count);
+  uint32_t base = 0, seen = Ring<kHeadDim>::kWindow - 1;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
     int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
     if (own >= 0) {
       const Place where =
-          place(index / work.item_count, own, problem.heads, blocks, problem.per_head);
+          place(item.copy, own, problem.heads, blocks, problem.per_head);
       own %= blocks;
       const int row = own * kBlock + row_in_block;
       uint32_t q_operand[kHeadDim / 16][4], grad_operand[kHeadDim / 16][4];
@@ -42,8 +36,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
       load_operand<T, kHeadDim>(grad_operand,
                                 head_of<const T>(tensors.grad, where.batch, where.head),
                                 tensors.grad.token_stride, row, column, problem.queries);
-      const int64_t statistics =
-          (int64_t(where.batch) * problem.heads + where.head) * (int64_t(blocks) * kBlock) + row;
+      const int64_t block = (int64_t(where.batch) * problem.heads + where.head) * blocks + own;
       float delta[2] = {0.0f, 0.0f};
       {
         uint32_t out_operand[kHeadDim / 16][4];
@@ -61,9 +54,12 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         delta[half] = quad_sum(delta[half]);
-        lse[half] = __ldg(tensors.lse + statistics + 8 * half);
+        const int token = row_in_block + 8 * half;
+        lse[half] = __ldg(tensors.lse + block * kBlock + token);
         if (lane % 4 == 0) {
-          tensors.delta[statistics + 8 * half] = delta[half];
+          float* statistics = tensors.statistics + block * 2 * kBlock + statistics_index(token);
+          statistics[0] = lse[half];
+          statistics[kBlock] = delta[half];
         }
       }
 
@@ -78,9 +74,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
         const uint32_t step = base + position;
         const uint64_t bits = key_bits(problem, where.batch, partner);
         float probs[32], dprobs[32];
-        ring.pass_over(seen, step, lane);
-        ring.wait_full(step);
-        seen = step + 1;
+        ring.wait_full(step, seen);
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(probs, q_operand, ring.tile(step, 0));
         wgmma_commit();
@@ -105,16 +99,13 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
         accumulate_product<T, kHeadDim>(sums, dscores, ring.tile(step, 0));
         wgmma_commit();
         wgmma_wait<0>();
-        if (lane == 0) {
-          ring.release(step);
-        }
+        ring.release(step, lane);
       }
       store_rows<T, kHeadDim>(sums, head_of<T>(tensors.dq, where.batch, where.head),
                               tensors.dq.token_stride, row, column, problem.queries, problem.scale,
                               problem.scale);
     }
     base += item.count;
-    ring.pass_over(seen, base, lane);
   }
 }
 
@@ -125,7 +116,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                                          const HopperProblem problem, const DqTensors tensors,
                                          const HopperWork work) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[2 * Ring<kHeadDim>::kStages];
+  __shared__ uint64_t barriers[Ring<kHeadDim>::kBarrierWords];
   const Ring<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u, shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
@@ -137,8 +128,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
-      produce(ring, work, problem.batch * (problem.per_head ? 1 : problem.heads), problem.heads,
-              (problem.queries + 63) / 64, problem.per_head,
+      produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
               [&](int partner, const Place& where, uint32_t step, uint32_t full) {
                 const int head = where.head / group;
                 copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
@@ -159,10 +149,7 @@ int run(const HopperProblem& problem, const HopperTensor& k, const HopperTensor&
       !make_map(&v_map, v, problem, problem.kv_heads, problem.keys)) {
     return cudaErrorInvalidValue;
   }
-  const int64_t total =
-      int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.heads);
-  const int64_t grid = total < multiprocessors() ? total : multiprocessors();
-  return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, grid, Roles<kHeadDim>::kThreads,
+  return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, work.workgroups, Roles<kHeadDim>::kThreads,
                 Ring<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, tensors, work);
 }
 
@@ -172,12 +159,12 @@ int run(const HopperProblem& problem, const HopperTensor& k, const HopperTensor&
 extern "C" int hopper_backward_dq(const HopperProblem* problem, const HopperTensor* q,
                                   const HopperTensor* k, const HopperTensor* v,
                                   const HopperTensor* out, const HopperTensor* grad,
-                                  const HopperTensor* dq, const float* lse, float* delta,
+                                  const HopperTensor* dq, const float* lse, float* statistics,
                                   const HopperWork* work, cudaStream_t stream) {
   using namespace spion_hopper;
   const auto kernel = problem->is_half
                           ? (problem->head_dim == 64 ? run<__half, 64> : run<__half, 128>)
                           : (problem->head_dim == 64 ? run<__nv_bfloat16, 64>
                                                      : run<__nv_bfloat16, 128>);
-  return kernel(*problem, *k, *v, DqTensors{*q, *out, *grad, *dq, lse, delta}, *work, stream);
+  return kernel(*problem, *k, *v, DqTensors{*q, *out, *grad, *dq, lse, statistics}, *work, stream);
 }

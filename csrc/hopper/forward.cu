@@ -6,19 +6,46 @@
 namespace spion_hopper {
 namespace {
 
-// The running maximum rises only past this many powers of two: fewer rescalings of the sums, whose
-// terms stay at or below 2^8. Which maximum is subtracted does not change the result.
-constexpr float kSlack = 8.0f;
+// The most that a thread's 16 weights of a row and tile may sum to before the shift is raised. Which
+// shift is subtracted does not change the result as long as the weights fit their dtype.
+constexpr float kMost = 256.0f;
 
 // Running softmax of the two rows of a thread: shift (base 2) and sum of the weights.
 struct Softmax {
   float top[2] = {-1e30f, -1e30f};
   float total[2] = {0.0f, 0.0f};
 
-  // Turns scores into weights 2^(score * scale - top), rescaling what was summed before.
+  // weights = 2^(score * scale - top). It tries the old shift first, and takes the maxima only where
+  // a sum shows that weights grew: past the first tiles that is rare.
   template <int kSums>
-  __device__ __forceinline__ void update(float (&scores)[32], float (&sums)[kSums], float scale) {
-    float new_top[2];
+  __device__ __forceinline__ void update(const float (&scores)[32], float (&weights)[32],
+                                         float (&sums)[kSums], float scale) {
+    float added[2];
+    weigh(scores, weights, added, scale);
+    if (__any_sync(~0u, added[0] > kMost || added[1] > kMost)) {
+      raise(scores, sums, scale);
+      weigh(scores, weights, added, scale);
+    }
+    total[0] += added[0];
+    total[1] += added[1];
+  }
+
+  __device__ __forceinline__ void weigh(const float (&scores)[32], float (&weights)[32],
+                                        float (&added)[2], float scale) const {
+    float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      weights[i] = exp2_fast(fmaf(scores[i], scale, -top[i / 2 % 2]));
+      (i % 2 ? odd : even)[i / 2 % 2] += weights[i];
+    }
+    added[0] = even[0] + odd[0];
+    added[1] = even[1] + odd[1];
+  }
+
+  // Raises the shifts to the rows' maxima and rescales what was summed before.
+  template <int kSums>
+  __device__ __forceinline__ void raise(const float (&scores)[32], float (&sums)[kSums],
+                                        float scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = scores[half * 2];
@@ -26,32 +53,14 @@ struct Softmax {
       for (int i = 0; i < 8; ++i) {
         most = fmaxf(most, fmaxf(scores[i * 4 + half * 2], scores[i * 4 + half * 2 + 1]));
       }
-      const float candidate = quad_max(most) * scale;
-      new_top[half] = candidate > top[half] + kSlack ? candidate : top[half];
-    }
-    if (__any_sync(~0u, new_top[0] != top[0] || new_top[1] != top[1])) {
+      const float new_top = fmaxf(top[half], quad_max(most) * scale);
+      const float shrink = exp2_fast(top[half] - new_top);
+      top[half] = new_top;
+      total[half] *= shrink;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float shrink = exp2_fast(top[half] - new_top[half]);
-        top[half] = new_top[half];
-        total[half] *= shrink;
-#pragma unroll
-        for (int i = 0; i < kSums / 4; ++i) {
-          sums[i * 4 + half * 2] *= shrink;
-          sums[i * 4 + half * 2 + 1] *= shrink;
-        }
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& score = scores[i * 4 + half * 2 + j];
-          score = exp2_fast(fmaf(score, scale, -top[half]));
-          total[half] += score;
-        }
+      for (int i = 0; i < kSums / 4; ++i) {
+        sums[i * 4 + half * 2] *= shrink;
+        sums[i * 4 + half * 2 + 1] *= shrink;
       }
     }
   }
@@ -63,24 +72,18 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
                                         const HopperWork& work,
                                         const Ring<kHeadDim>& ring) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.queries + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  const int64_t total_work =
-      int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.heads);
-
-  uint32_t base = 0, seen = 0;
-  for (int round = 0; int64_t(round) * gridDim.x < total_work; ++round) {
-    const int64_t index = work_index(round);
-    if (index >= total_work) {
-      continue;
-    }
-    const Item item = load_item(work.items, index % work.item_count);
+  uint32_t base = 0, seen = Ring<kHeadDim>::kWindow - 1;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
     int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
     if (own >= 0) {
       const Place where =
-          place(index / work.item_count, own, problem.heads, blocks, problem.per_head);
+          place(item.copy, own, problem.heads, blocks, problem.per_head);
       own %= blocks;
       const int row = own * kBlock + row_in_block;
       uint32_t q_operand[kHeadDim / 16][4];
@@ -103,37 +106,36 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
         // The stage ahead can be the one that is held: let go before a long wait.
         if (holds && step - held >= Ring<kHeadDim>::kStages / 2) {
           wgmma_wait<0>();
-          if (lane == 0) ring.release(held);
+          ring.release(held, lane);
           holds = false;
         }
         const uint64_t bits = key_bits(problem, where.batch, partner);
         kept += __popcll(bits);
         float scores[32];
-        ring.pass_over(seen, step, lane);
-        ring.wait_full(step);
-        seen = step + 1;
+        ring.wait_full(step, seen);
         wgmma_fence();
         multiply_transposed<T, kHeadDim>(scores, q_operand, ring.tile(step, 0));
         wgmma_commit();
         wgmma_wait<0>();
-        if (holds && lane == 0) {
-          ring.release(held);
+        if (holds) {
+          ring.release(held, lane);
         }
         if (bits != ~0ull) {
           mask_keys(scores, bits, column, -INFINITY);
         }
-        softmax.update(scores, sums, scale);
-        uint32_t weights[4][4];
-        to_operand<T>(weights, scores);
+        float weights[32];
+        softmax.update(scores, weights, sums, scale);
+        uint32_t operand[4][4];
+        to_operand<T>(operand, weights);
         wgmma_fence();
-        accumulate_product<T, kHeadDim>(sums, weights, ring.tile(step, 1));
+        accumulate_product<T, kHeadDim>(sums, operand, ring.tile(step, 1));
         wgmma_commit();
         held = step;
         holds = true;
       }
       wgmma_wait<0>();
-      if (holds && lane == 0) {
-        ring.release(held);
+      if (holds) {
+        ring.release(held, lane);
       }
 
       const int valid = problem.key_bits ? __ldg(problem.key_counts + where.batch) : problem.keys;
@@ -160,7 +162,6 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
                               column, problem.queries, factor[0], factor[1]);
     }
     base += item.count;
-    ring.pass_over(seen, base, lane);
   }
 }
 
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                                       const HopperProblem problem, const HopperTensor q,
                                       const HopperTensor out, float* lse, const HopperWork work) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[2 * Ring<kHeadDim>::kStages];
+  __shared__ uint64_t barriers[Ring<kHeadDim>::kBarrierWords];
   const Ring<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u,
                                    shared_address(barriers));
   if (threadIdx.x == 0) {
@@ -184,8 +185,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
-      produce(ring, work, problem.batch * (problem.per_head ? 1 : problem.heads), problem.heads,
-              (problem.queries + 63) / 64, problem.per_head,
+      produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
               [&](int partner, const Place& where, uint32_t step, uint32_t full) {
                 const int head = where.head / group;
                 copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
@@ -207,10 +207,7 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
       !make_map(&v_map, v, problem, problem.kv_heads, problem.keys)) {
     return cudaErrorInvalidValue;
   }
-  const int64_t total =
-      int64_t(work.item_count) * problem.batch * (problem.per_head ? 1 : problem.heads);
-  const int64_t grid = total < multiprocessors() ? total : multiprocessors();
-  return launch(block_sparse_attention_fwd_kernel<T, kHeadDim>, grid, Roles<kHeadDim>::kThreads,
+  return launch(block_sparse_attention_fwd_kernel<T, kHeadDim>, work.workgroups, Roles<kHeadDim>::kThreads,
                 Ring<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, q, out, lse,
                 work);
 }

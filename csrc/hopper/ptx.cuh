@@ -11,8 +11,21 @@
 
 namespace spion_hopper {
 
+// Opaque to the compiler, which else computes the address anew at every use.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  asm volatile("mov.b32 %0, %0;\n" : "+r"(address));
+  return address;
+}
+
+__device__ __forceinline__ void store_release(uint32_t address, int value) {
+  asm volatile("st.release.cta.shared::cta.s32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(uint32_t address) {
+  int value;
+  asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -106,9 +119,11 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
 }
 
-__device__ __forceinline__ float2 load_shared(uint32_t address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(x.x), "=f"(x.y) : "r"(address));
+__device__ __forceinline__ float4 load_shared(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address));
   return x;
 }
 
@@ -128,6 +143,18 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+// Products of two pairs, rounded to T.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t x, uint32_t y) {
+  uint32_t product;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(product) : "r"(x), "r"(y));
+  } else {
+    asm("mul.rn.f16x2 %0, %1, %2;\n" : "=r"(product) : "r"(x), "r"(y));
+  }
+  return product;
 }
 
 template <typename T>

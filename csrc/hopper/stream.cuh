@@ -15,7 +15,7 @@ namespace spion_hopper {
 
 constexpr int kBlock = 64;
 constexpr int kBoxBytes = kBlock * 64 * 2;  // 64 tokens of 64 elements, one copy
-constexpr int kItemInts = 8;
+constexpr int kItemInts = 12;
 constexpr int kMaskBits = 3;
 
 // Consumer warpgroups of a workgroup, and registers a thread of each role: 64 K a multiprocessor.
@@ -28,26 +28,25 @@ struct Roles {
 };
 
 struct Item {
-  int first, count, own[3], slot[3];
+  int first, count, copy, own[3], slot[3];
 };
 
 __device__ __forceinline__ Item load_item(const int* items, int index) {
-  const int4 a = __ldg(reinterpret_cast<const int4*>(items + index * kItemInts));
-  const int4 b = __ldg(reinterpret_cast<const int4*>(items + index * kItemInts) + 1);
-  return {a.x, a.y, {a.z, a.w, b.x}, {b.y, b.z, b.w}};
+  const int4* source = reinterpret_cast<const int4*>(items + int64_t(index) * kItemInts);
+  const int4 a = __ldg(source), b = __ldg(source + 1), c = __ldg(source + 2);
+  return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}};
 }
 
-// The grid-stride walk over items, back and forth so that sorted items balance.
-__device__ __forceinline__ int64_t work_index(int round) {
-  const int lane = (round & 1) ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  return int64_t(round) * gridDim.x + lane;
+// The index of this thread's warpgroup, in a form that the compiler knows to be uniform in a warp.
+__device__ __forceinline__ int warpgroup_index() {
+  return __shfl_sync(~0u, threadIdx.x / 128, 0);
 }
 
 struct Place {
   int batch, head;
 };
 
-// Batch and head of an item: copies of a shared layout's items are one a (batch, head).
+// Batch and head of an item.
 __device__ __forceinline__ Place place(int copy, int own, int own_heads, int own_blocks,
                                        int per_head) {
   if (per_head) {
@@ -104,16 +103,27 @@ struct Ring {
   static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
   static constexpr int kBytes = kTilesBytes + kStages * kExtraBytes;
 
-  uint32_t tiles, extras, full, empty;
+  // How far apart two steps may be that a consumer waits for. The parity of a phase tells it only from
+  // its neighbours, so the producer lets at most this many loads be under way: who has seen step a
+  // complete knows that every step up to a - kWindow is, and may wait for any up to a + kWindow.
+  static constexpr int kWindow = kStages / 2;
+  static constexpr int kBarrierWords = 2 * kStages + 1;
+
+  uint32_t tiles, extras, full, empty, issued;
 
   __device__ __forceinline__ Ring(uint32_t base, uint32_t barriers)
-      : tiles(base), extras(base + kTilesBytes), full(barriers), empty(barriers + 8 * kStages) {}
+      : tiles(base),
+        extras(base + kTilesBytes),
+        full(barriers),
+        empty(barriers + 8 * kStages),
+        issued(barriers + 16 * kStages) {}
 
   __device__ __forceinline__ void init() const {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, 4 * kOwners);
     }
+    store_release(issued, -1);
   }
   __device__ __forceinline__ static int stage(uint32_t step) { return step % kStages; }
   __device__ __forceinline__ static uint32_t parity(uint32_t step) {
@@ -125,46 +135,40 @@ struct Ring {
   __device__ __forceinline__ uint32_t extra(uint32_t step) const {
     return extras + stage(step) * kExtraBytes;
   }
-  __device__ __forceinline__ void wait_full(uint32_t step) const {
+  // Waits for the tiles of ``step``; ``seen`` is the last step that was waited for.
+  __device__ __forceinline__ void wait_full(uint32_t step, uint32_t& seen) const {
+    if (step - seen > kWindow) {
+      wait_issued(step - kWindow);
+    }
     barrier_wait(full + 8 * stage(step), parity(step));
+    seen = step;
   }
-  // One lane of each warp calls it.
-  __device__ __forceinline__ void release(uint32_t step) const {
-    barrier_arrive(empty + 8 * stage(step));
-  }
-  // Passes over the steps from ``seen`` up to ``step``, which this warp does not need. It waits for
-  // each: a phase is told from the one two before only by a waiter that misses none.
-  __device__ __forceinline__ void pass_over(uint32_t& seen, uint32_t step, int lane) const {
-    if (lane == 0) {
-      for (; seen != step; ++seen) {
-        wait_full(seen);
-        release(seen);
-      }
+  __device__ __forceinline__ void wait_issued(uint32_t step) const {
+    while (static_cast<int>(load_acquire(issued) - step) < 0) {
     }
     __syncwarp();
-    seen = step;
+  }
+  // The warps of a warpgroup call it, all lanes: the compiler needs to see that lanes stay together, or
+  // it builds every wgmma descriptor in ordinary registers.
+  __device__ __forceinline__ void release(uint32_t step, int lane) const {
+    if (lane == 0) {
+      barrier_arrive(empty + 8 * stage(step));
+    }
+    __syncwarp();
   }
 };
 
-// The producer warp: streams every entry of every item. copy(item, partner, place, stage target,
-// barrier) issues the copies of one entry; it runs in one lane.
+// The producer warp: streams every entry of every item. copy(partner, place, step, barrier) issues
+// the copies of one entry; it runs in one lane.
 template <typename R, typename Copy>
-__device__ __forceinline__ void produce(const R& ring, const HopperWork& work, int copies,
-                                        int own_heads, int own_blocks, int per_head, Copy copy) {
+__device__ __forceinline__ void produce(const R& ring, const HopperWork& work, int own_heads,
+                                        int own_blocks, int per_head, Copy copy) {
   const int lane = threadIdx.x % 32;
-  const int64_t total = int64_t(work.item_count) * copies;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
   uint32_t step = 0;
-  for (int round = 0;; ++round) {
-    const int64_t index = work_index(round);
-    if (int64_t(round) * gridDim.x >= total) {
-      break;
-    }
-    if (index >= total) {
-      continue;
-    }
-    const Item item = load_item(work.items, index % work.item_count);
-    const Place where =
-        place(index / work.item_count, item.own[0], own_heads, own_blocks, per_head);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
+    const Place where = place(item.copy, item.own[0], own_heads, own_blocks, per_head);
     const int* entries = work.entries + item.first;
     int code = lane < item.count ? __ldg(entries + lane) : 0;
     for (int chunk = 0; chunk < item.count; chunk += 32) {
@@ -176,7 +180,17 @@ __device__ __forceinline__ void produce(const R& ring, const HopperWork& work, i
         if (lane == 0) {
           const uint32_t full = ring.full + 8 * R::stage(step);
           const uint32_t empty = ring.empty + 8 * R::stage(step);
+          if (step >= R::kWindow) {
+            const uint32_t earlier = step - R::kWindow;
+            barrier_wait(ring.full + 8 * R::stage(earlier), R::parity(earlier));
+          }
+          store_release(ring.issued, step);
           barrier_wait(empty, R::parity(step) ^ 1);
+          // Arrives for the warpgroups that do not need this entry.
+          const int absent = R::kOwners - __popc(entry & ((1 << R::kOwners) - 1));
+          if (absent > 0) {
+            barrier_arrive(empty, 4 * absent);
+          }
           barrier_expect(full, 2 * R::kTileBytes + R::kExtraBytes);
           copy(entry >> kMaskBits, where, step, full);
         }
@@ -197,15 +211,20 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* ma
   }
 }
 
+// What 16 columns further on adds to the descriptor of a (64, head_dim) tile.
+__device__ __forceinline__ constexpr uint64_t k_offset(int step) {
+  return (step / 4 * kBoxBytes + step % 4 * 32) >> 4;
+}
+
 // scores (64 own, 64 partner) = A (64, head_dim) in registers times a tile (64, head_dim) transposed.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void multiply_transposed(float (&scores)[32],
                                                     const uint32_t (&a)[kHeadDim / 16][4],
                                                     uint32_t tile) {
+  const uint64_t b = descriptor(tile, 0);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const uint32_t b = tile + step / 4 * kBoxBytes + step % 4 * 32;
-    wgmma_rs<T, 0>(scores, a[step], descriptor(b, 0), step > 0);
+    wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), step > 0);
   }
 }
 
@@ -213,10 +232,10 @@ __device__ __forceinline__ void multiply_transposed(float (&scores)[32],
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void multiply_transposed(float (&scores)[32], uint32_t a,
                                                     uint32_t tile) {
+  const uint64_t a_descriptor = descriptor(a, 0), b = descriptor(tile, 0);
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const uint32_t offset = step / 4 * kBoxBytes + step % 4 * 32;
-    wgmma_ss<T, 0>(scores, descriptor(a + offset, 0), descriptor(tile + offset, 0), step > 0);
+    wgmma_ss<T, 0>(scores, a_descriptor + k_offset(step), b + k_offset(step), step > 0);
   }
 }
 
@@ -224,9 +243,10 @@ __device__ __forceinline__ void multiply_transposed(float (&scores)[32], uint32_
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void accumulate_product(float (&sums)[kHeadDim / 2],
                                                    const uint32_t (&a)[4][4], uint32_t tile) {
+  const uint64_t b = descriptor(tile, kBoxBytes);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    wgmma_rs<T, 1>(sums, a[step], descriptor(tile + step * 2048, kBoxBytes), 1);
+    wgmma_rs<T, 1>(sums, a[step], b + step * (2048 >> 4), 1);
   }
 }
 
@@ -288,6 +308,11 @@ __device__ __forceinline__ uint64_t key_bits(const HopperProblem& problem, int b
   }
   const int inside = problem.keys - block * kBlock;
   return inside >= 64 ? ~0ull : (1ull << inside) - 1;
+}
+
+// Where lse and delta of a block's token lie: what one thread needs, 2 of every 8 tokens, is contiguous.
+__device__ __forceinline__ int statistics_index(int token) {
+  return token % 8 / 2 * 16 + token / 8 * 2 + token % 2;
 }
 
 __device__ __forceinline__ float quad_max(float x) {

@@ -77,17 +77,6 @@ bool make_map(CUtensorMap* map, const HopperTensor& x, const HopperProblem& prob
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-int multiprocessors() {
-  static int counts[64] = {};
-  int device = 0;
-  cudaGetDevice(&device);
-  int& count = counts[device % 64];
-  if (count == 0) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count;
-}
-
 }  // namespace spion_hopper
 
 extern "C" int hopper_pack_padding(const uint8_t* mask, int32_t batch, int32_t keys,

@@ -12,8 +12,6 @@ namespace spion_hopper {
 bool make_map(CUtensorMap* map, const HopperTensor& x, const HopperProblem& problem, int heads,
               int tokens);
 
-// Multiprocessors of the current device.
-int multiprocessors();
 
 // Launches ``kernel`` with more than 48 KiB of shared memory.
 template <typename... Parameters, typename... Arguments>
