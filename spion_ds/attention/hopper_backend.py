@@ -108,12 +108,13 @@ class _BlockSparseAttention(torch.autograd.Function):
         pruned_zero: bool,
         key_padding_mask: Tensor | None,
     ) -> Tensor:
-        rows = row_list(layout, q.shape[2], k.shape[2], q.shape[3])
+        (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+        rows = row_list(layout, batch, heads, queries, keys, head_dim)
         bits = counts = None
         if key_padding_mask is not None:
             bits, counts = torch.ops.spion_ds.hopper_pack_padding(key_padding_mask.contiguous())
         out, lse = torch.ops.spion_ds.hopper_attention_fwd(
-            *(q, k, v, rows.items, rows.entries, bits, counts),
+            *(q, k, v, rows.items, rows.entries, rows.starts, bits, counts),
             *(layout.heads > 1, scale, pruned_zero),
         )
         ctx.layout, ctx.scale = layout, scale
@@ -126,11 +127,11 @@ class _BlockSparseAttention(torch.autograd.Function):
         q, k, v, out, lse, bits, counts = ctx.saved_tensors
         layout = ctx.layout
         (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
-        rows = row_list(layout, queries, keys, head_dim)
+        rows = row_list(layout, batch, heads, queries, keys, head_dim)
         columns = column_list(layout, batch, heads, kv_heads, queries, keys, head_dim)
         dq, dk, dv = torch.ops.spion_ds.hopper_attention_bwd(
-            *(q, k, v, out, _copyable(grad_out), lse, rows.items, rows.entries),
-            *(columns.items, columns.entries, columns.splits, columns.slots),
+            *(q, k, v, out, _copyable(grad_out), lse, rows.items, rows.entries, rows.starts),
+            *(columns.items, columns.entries, columns.starts, columns.splits, columns.slots),
             *(bits, counts, layout.heads > 1, ctx.scale),
         )
         return dq, dk, dv, None, None, None, None

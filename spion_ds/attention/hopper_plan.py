@@ -7,6 +7,8 @@ partner blocks (csrc/hopper/stream.cuh). Everything here is in blocks of 64 toke
 from __future__ import annotations
 
 import functools
+import heapq
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,21 +25,36 @@ _SHARE = 4
 _SHORTEST_PART = 16
 
 
+# An item costs its longest owner's tiles and about this many more for its start and end.
+_ITEM_TILES = 2
+# Up to this many items the balance is computed one by one, beyond by turns.
+_FEW_ITEMS = 20_000
+
+
 @dataclass(frozen=True)
 class WorkList:
     """What the workgroups of one kernel do; int32 tensors on the layout's device.
 
     Attributes:
-        items: (items, 8): first entry, entries, 3 owners (-1: none), 3 workspace slots (-1: none).
+        items: (items, 12), workgroup by workgroup: first entry, entries, copy, 3 owners (-1: none),
+            3 workspace slots (-1: none), 3 unused. A copy is a (batch, head) of a shared layout, or
+            a batch where each head has its layout.
         entries: (entries,): partner * 8 + a bit for each owner that keeps the pair.
+        starts: (workgroups + 1,): workgroup i takes the items starts[i] : starts[i + 1].
         splits: (cut owners, 3): owner, first slot, slots.
-        slots: slots of the workspace a copy of the items needs.
+        slots: slots of the workspace that a copy needs.
     """
 
     items: Tensor
     entries: Tensor
+    starts: Tensor
     splits: Tensor
     slots: int
+
+    def to(self, device: torch.device) -> WorkList:
+        """Return the lists on ``device`` as the kernels read them."""
+        lists = (self.items, self.entries, self.starts, self.splits)
+        return WorkList(*(x.to(torch.int32).contiguous().to(device) for x in lists), self.slots)
 
 
 @functools.cache
@@ -50,23 +67,38 @@ def owners(head_dim: int) -> int:
     return 3 if head_dim == 64 else 2
 
 
-def row_list(layout: BlockLayout, queries: int, keys: int, head_dim: int) -> WorkList:
+def row_list(
+    layout: BlockLayout, batch: int, heads: int, queries: int, keys: int, head_dim: int
+) -> WorkList:
     """Return the work of the forward and dQ kernels: query blocks own, key blocks are partners.
 
     Owners are numbered head * query blocks + block, head 0 for a shared layout.
     """
-    name = ("hopper", "rows", owners(head_dim))
+    name = ("hopper", "rows", owners(head_dim), batch, heads)
     if name not in layout.plans:
         rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
         head, row, column = _kept_blocks(layout, rows, columns)
         layout.plans[name] = _work_list(
-            head * rows + row, column, layout.heads, rows, columns, owners(head_dim), None
+            head * rows + row,
+            column,
+            owner_heads=layout.heads,
+            owner_blocks=rows,
+            partner_blocks=columns,
+            copies=batch * (1 if layout.heads > 1 else heads),
+            workgroups=_multiprocessors(layout.device),
+            owners_an_item=owners(head_dim),
+            longest=None,
         ).to(layout.device)
     return layout.plans[name]
 
 
 def column_list(
-    layout: BlockLayout, batch: int, heads: int, kv_heads: int, queries: int, keys: int,
+    layout: BlockLayout,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
     head_dim: int,
 ) -> WorkList:
     """Return the work of the dK, dV kernel: key blocks own, query blocks are partners.
@@ -74,7 +106,6 @@ def column_list(
     Owners are numbered kv_head * key blocks + block, kv_head 0 for a shared layout; partners
     member * query blocks + block, the member being the query head within the kv head's group.
     """
-    workers = _multiprocessors(layout.device) * owners(head_dim)
     name = ("hopper", "columns", owners(head_dim), batch, heads, kv_heads)
     if name not in layout.plans:
         rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
@@ -82,20 +113,24 @@ def column_list(
         group = heads // kv_heads
         if layout.heads > 1:
             owner, partner = head // group * columns + column, head % group * rows + row
-            copies, owner_heads = batch, kv_heads
         else:
             owner = column.repeat(group)
             partner = (torch.arange(group)[:, None] * rows + row).flatten()
-            copies, owner_heads = batch * kv_heads, 1
+        copies = batch * (1 if layout.heads > 1 else kv_heads)
+        workgroups = _multiprocessors(layout.device)
         length = torch.bincount(owner, minlength=1)
         typical = length[length > 0].median().item() if owner.numel() else 0
-        longest = max(
-            _SHORTEST_PART,
-            -(-int(_LONG * typical) // 1),
-            -(-owner.numel() * copies // (workers * _SHARE)),
-        )
+        share = owner.numel() * copies / (workgroups * owners(head_dim))
         layout.plans[name] = _work_list(
-            owner, partner, owner_heads, columns, rows * group, owners(head_dim), longest
+            owner,
+            partner,
+            owner_heads=kv_heads if layout.heads > 1 else 1,
+            owner_blocks=columns,
+            partner_blocks=rows * group,
+            copies=copies,
+            workgroups=workgroups,
+            owners_an_item=owners(head_dim),
+            longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
         ).to(layout.device)
     return layout.plans[name]
 
@@ -116,30 +151,20 @@ def _kept_blocks(layout: BlockLayout, rows: int, columns: int) -> tuple[Tensor, 
     return head[exists], row[exists], column[exists]
 
 
-@dataclass(frozen=True)
-class _CpuWorkList:
-    items: Tensor
-    entries: Tensor
-    splits: Tensor
-    slots: int
-
-    def to(self, device: torch.device) -> WorkList:
-        parts = (x.to(torch.int32).contiguous().to(device) for x in
-                 (self.items, self.entries, self.splits))
-        return WorkList(*parts, self.slots)
-
-
 def _work_list(
     owner: Tensor,
     partner: Tensor,
-    heads: int,
+    *,
+    owner_heads: int,
     owner_blocks: int,
     partner_blocks: int,
+    copies: int,
+    workgroups: int,
     owners_an_item: int,
     longest: int | None,
-) -> _CpuWorkList:
-    """Group owners of like length into items, longest first, and order their partners."""
-    total = heads * owner_blocks
+) -> WorkList:
+    """Group owners of like length into items, order their partners, deal items to workgroups."""
+    total = owner_heads * owner_blocks
     order = (owner * partner_blocks + partner).argsort()
     owner, partner = owner[order], partner[order]
     length = torch.bincount(owner, minlength=total)
@@ -165,7 +190,7 @@ def _work_list(
     order = _lexicographic(part_head, -level, part_number)
     position = torch.empty_like(order)
     position[order] = torch.arange(order.numel())
-    parts_a_head = torch.bincount(part_head, minlength=heads)
+    parts_a_head = torch.bincount(part_head, minlength=owner_heads)
     items_a_head = -(-parts_a_head // owners_an_item)
     within = position - (parts_a_head.cumsum(0) - parts_a_head)[part_head]
     item = (items_a_head.cumsum(0) - items_a_head)[part_head] + within // owners_an_item
@@ -188,18 +213,42 @@ def _work_list(
     entries = (entry_partner * (1 << _MASK_BITS) + bits)[entry_order]
 
     count = torch.bincount(entry_item, minlength=item_count)
-    items = torch.full((item_count, 8), -1, dtype=torch.int64)
+    items = torch.full((item_count, 12), -1, dtype=torch.int64)
     items[:, 0], items[:, 1] = count.cumsum(0) - count, count
-    items[item, 2 + place] = part_owner
-    items[item, 5 + place] = slot
-    most = torch.zeros(item_count, dtype=torch.int64).scatter_reduce_(
-        0, item, part_length, "amax"
-    )
-    items = items[most.argsort(descending=True, stable=True)]
+    items[item, 3 + place] = part_owner
+    items[item, 6 + place] = slot
+    most = torch.zeros(item_count, dtype=torch.int64)
+    most.scatter_reduce_(0, item, part_length, "amax")
+    worker = _deal((most + _ITEM_TILES).repeat(copies), workgroups)
+    items = items.repeat(copies, 1)
+    items[:, 2] = torch.arange(copies).repeat_interleave(item_count)
+    # A workgroup goes through the copies in order, so that few copies are in the L2 cache at a time.
+    items = items[worker.argsort(stable=True)]
+    starts = torch.zeros(min(workgroups, items.shape[0]) + 1, dtype=torch.int64)
+    starts[1:] = torch.bincount(worker, minlength=starts.numel() - 1).cumsum(0)
 
     cut_owner = (parts > 1).nonzero().flatten()
     splits = torch.stack([cut_owner, slot[first_part[cut_owner]], parts[cut_owner]], dim=1)
-    return _CpuWorkList(items, entries, splits, int(cut.sum()))
+    return WorkList(items, entries, starts, splits, int(cut.sum()))
+
+
+def _deal(cost: Tensor, workgroups: int) -> Tensor:
+    """Return the workgroup of each item, so that sums of costs are nearly even."""
+    order = cost.argsort(descending=True, stable=True)
+    worker = torch.empty_like(order)
+    if cost.numel() > _FEW_ITEMS:
+        turn = torch.arange(cost.numel())
+        lane, back = turn % workgroups, turn // workgroups % 2 == 1
+        worker[order] = torch.where(back, workgroups - 1 - lane, lane)
+        return worker
+    loads = [(0, number) for number in range(min(workgroups, cost.numel()))]
+    chosen, costs = [], cost.tolist()
+    for item in order.tolist():
+        load, number = loads[0]
+        chosen.append(number)
+        heapq.heapreplace(loads, (load + costs[item], number))
+    worker[order] = torch.tensor(chosen, dtype=torch.int64)
+    return worker
 
 
 def _lexicographic(*keys: Tensor) -> Tensor:
