@@ -14,8 +14,9 @@ namespace {
 // lse and delta of the 64 queries of a tile, each in the order of statistics_index.
 constexpr int kStatisticsBytes = 2 * kBlock * 4;
 
+// Keys and values of the owners take the rest of shared memory.
 template <int kHeadDim>
-using DkvRing = Ring<kHeadDim, kStatisticsBytes>;
+using DkvRing = Ring<kHeadDim, kHeadDim == 64 ? 10 : 4, kStatisticsBytes>;
 
 struct DkvTensors {
   HopperTensor dk, dv;
@@ -74,104 +75,162 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
                                         const CUtensorMap* v_map, const DkvTensors& tensors,
                                         const HopperWork& work, const DkvRing<kHeadDim>& ring,
                                         uint32_t own_tiles, uint32_t own_barrier) {
+  // With 240 registers the last product of a tile may run on under the next tile's first.
+  constexpr bool kOverlap = kHeadDim == 128;
+  constexpr int kTileBytes = DkvRing<kHeadDim>::kTileBytes;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.keys + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  uint32_t base = 0, seen = DkvRing<kHeadDim>::kWindow - 1, own_parity = 0;
-  const int end = __ldg(work.starts + blockIdx.x + 1);
-  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
-    const Item item = load_item(work.items, index);
-    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
+  Place where;
+  int own = -1;
+  const auto load_keys = [&](const Item& item) {
+    own = own_block(item, warpgroup);
     if (own >= 0) {
-      const int slot = warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
-      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
+      where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
       own %= blocks;
       // Every warp has read the last item's keys and values.
       warpgroup_sync(warpgroup);
       if (thread == 0) {
-        barrier_expect(own_barrier, 2 * DkvRing<kHeadDim>::kTileBytes);
+        barrier_expect(own_barrier, 2 * kTileBytes);
         copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
-        copy_tile<kHeadDim>(own_tiles + DkvRing<kHeadDim>::kTileBytes, v_map, own_barrier, own,
-                            where.head, where.batch);
+        copy_tile<kHeadDim>(own_tiles + kTileBytes, v_map, own_barrier, own, where.head,
+                            where.batch);
       }
-      float dk[kHeadDim / 2], dv[kHeadDim / 2];
+      __syncwarp();
+    }
+  };
+
+  uint32_t base = 0, seen = DkvRing<kHeadDim>::kWindow - 1, own_parity = 0;
+  int index = __ldg(work.starts + blockIdx.x);
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  Item item = load_item(work.items, index);
+  EntryWalk walk(work.entries + item.first, item.count, lane);
+  load_keys(item);
+  for (; index < end; ++index) {
+    const bool owns = own >= 0;
+    float dk[kHeadDim / 2], dv[kHeadDim / 2];
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) {
-        dk[i] = dv[i] = 0.0f;
-      }
-      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
-      int position, partner;
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      dk[i] = dv[i] = 0.0f;
+    }
+    if (owns) {
       barrier_wait(own_barrier, own_parity);
       own_parity ^= 1;
-      while (walk.next(position, partner)) {
-        const uint32_t step = base + position;
-        float probs[32], dprobs[32];
-        ring.wait_full(step, seen);
-        wgmma_fence();
-        multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
-        wgmma_commit();
-        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + DkvRing<kHeadDim>::kTileBytes,
-                                         ring.tile(step, 1));
-        wgmma_commit();
-        const uint32_t statistics = ring.extra(step) + column * 32;
+    }
+    uint32_t held = 0;
+    bool holds = false;
+    int position = 0, partner = 0;
+    bool more = walk.first(warpgroup, position, partner);
+    while (more) {
+      const uint32_t step = base + position;
+      // The stage ahead can be the one that is held: let go before a long wait.
+      if (holds && step - held >= DkvRing<kHeadDim>::kWindow) {
+        wgmma_wait<0>();
+        ring.release(held, lane);
+        holds = false;
+      }
+      float probs[32], dprobs[32];
+      ring.wait_full(step, seen);
+      wgmma_fence();
+      multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
+      wgmma_commit();
+      if constexpr (kOverlap) {
         wgmma_wait<1>();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4 lse = load_shared(statistics + i * 16);
-          float* p = probs + i * 8;
-          p[0] = exp2_fast(fmaf(p[0], scale, -lse.x));
-          p[1] = exp2_fast(fmaf(p[1], scale, -lse.y));
-          p[2] = exp2_fast(fmaf(p[2], scale, -lse.x));
-          p[3] = exp2_fast(fmaf(p[3], scale, -lse.y));
-          p[4] = exp2_fast(fmaf(p[4], scale, -lse.z));
-          p[5] = exp2_fast(fmaf(p[5], scale, -lse.w));
-          p[6] = exp2_fast(fmaf(p[6], scale, -lse.z));
-          p[7] = exp2_fast(fmaf(p[7], scale, -lse.w));
+        if (holds) {
+          ring.release(held, lane);
         }
-        uint32_t operand[4][4];
-        to_operand<T>(operand, probs);
-        wgmma_fence();
-        accumulate_product<T, kHeadDim>(dv, operand, ring.tile(step, 1));
-        wgmma_commit();
-        wgmma_wait<1>();
+      }
+      multiply_transposed<T, kHeadDim>(dprobs, own_tiles + kTileBytes, ring.tile(step, 1));
+      wgmma_commit();
+      more = walk.next(warpgroup, position, partner);
+      const uint32_t statistics = ring.extra(step) + column * 8;
+      float4 lse[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4 delta = load_shared(statistics + kBlock * 4 + i * 16);
-          float* dp = dprobs + i * 8;
-          dp[0] -= delta.x;
-          dp[1] -= delta.y;
-          dp[2] -= delta.x;
-          dp[3] -= delta.y;
-          dp[4] -= delta.z;
-          dp[5] -= delta.w;
-          dp[6] -= delta.z;
-          dp[7] -= delta.w;
-        }
-        uint32_t dscores[4][4];
-        to_operand<T>(dscores, dprobs);
-        // In pairs of T: float32 probabilities would hold 32 registers more, and half the products do.
+      for (int i = 0; i < 4; ++i) {
+        lse[i] = load_shared(statistics + i * 64);
+      }
+      wgmma_wait<1>();
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          dscores[i / 4][i % 4] = multiply_pairs<T>(dscores[i / 4][i % 4], operand[i / 4][i % 4]);
-        }
-        wgmma_fence();
-        accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
-        wgmma_commit();
+      for (int i = 0; i < 4; ++i) {
+        float* p = probs + i * 8;
+        p[0] = exp2_fast(fmaf(p[0], scale, -lse[i].x));
+        p[1] = exp2_fast(fmaf(p[1], scale, -lse[i].y));
+        p[2] = exp2_fast(fmaf(p[2], scale, -lse[i].x));
+        p[3] = exp2_fast(fmaf(p[3], scale, -lse[i].y));
+        p[4] = exp2_fast(fmaf(p[4], scale, -lse[i].z));
+        p[5] = exp2_fast(fmaf(p[5], scale, -lse[i].w));
+        p[6] = exp2_fast(fmaf(p[6], scale, -lse[i].z));
+        p[7] = exp2_fast(fmaf(p[7], scale, -lse[i].w));
+      }
+      uint32_t operand[4][4];
+      to_operand<T>(operand, probs);
+      wgmma_fence();
+      accumulate_product<T, kHeadDim>(dv, operand, ring.tile(step, 1));
+      wgmma_commit();
+      float4 delta[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        delta[i] = load_shared(statistics + kBlock * 4 + i * 64);
+      }
+      wgmma_wait<1>();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* dp = dprobs + i * 8;
+        dp[0] -= delta[i].x;
+        dp[1] -= delta[i].y;
+        dp[2] -= delta[i].x;
+        dp[3] -= delta[i].y;
+        dp[4] -= delta[i].z;
+        dp[5] -= delta[i].w;
+        dp[6] -= delta[i].z;
+        dp[7] -= delta[i].w;
+      }
+      uint32_t dscores[4][4];
+      to_operand<T>(dscores, dprobs);
+      // In pairs of T: float32 probabilities would hold 32 registers more, and half the products do.
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        dscores[i / 4][i % 4] = multiply_pairs<T>(dscores[i / 4][i % 4], operand[i / 4][i % 4]);
+      }
+      wgmma_fence();
+      accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
+      wgmma_commit();
+      if constexpr (kOverlap) {
+        held = step;
+        holds = true;
+      } else {
         wgmma_wait<0>();
         ring.release(step, lane);
       }
+    }
+    wgmma_wait<0>();
+    if (holds) {
+      ring.release(held, lane);
+    }
+    base += item.count;
+    // What the next item needs is loaded before this one's sums are written.
+    const Item last = item;
+    const Place there = where;
+    const int block = own;
+    if (index + 1 < end) {
+      item = load_item(work.items, index + 1);
+      walk = EntryWalk(work.entries + item.first, item.count, lane);
+      load_keys(item);
+    }
+    if (owns) {
+      const int slot = warpgroup == 0 ? last.slot[0] : warpgroup == 1 ? last.slot[1] : last.slot[2];
       if (slot < 0) {
-        store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);
+        store_gradients<T, kHeadDim>(problem, tensors, there, block, dk, dv, row_in_block, column);
       } else {
         float* target = tensors.workspace +
-                        (int64_t(item.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
+                        (int64_t(last.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
         store_slot<kHeadDim>(target, dk, thread);
         store_slot<kHeadDim>(target + kSlotFloats<kHeadDim> / 2, dv, thread);
       }
     }
-    base += item.count;
+    __syncwarp();
   }
 }
 
