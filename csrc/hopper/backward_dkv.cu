@@ -14,12 +14,21 @@ namespace {
 // lse and delta of the 64 queries of a tile, each in the order of statistics_index.
 constexpr int kStatisticsBytes = 2 * kBlock * 4;
 
-// Keys and values of the owners take the rest of shared memory.
+using DkvRoles = Roles<2>;
+
+// Whether an owner's keys and values stay in registers: from shared memory, where they take the rest at
+// head_dim 128, they would be read again for every tile, at a rate that the tiles need.
 template <int kHeadDim>
-using DkvRing = Ring<kHeadDim, kHeadDim == 64 ? 10 : 4, kStatisticsBytes>;
+constexpr bool kKeysInRegisters = kHeadDim == 64;
+
+template <int kHeadDim>
+using DkvRing = Ring<kHeadDim, DkvRoles::kOwners, kHeadDim == 64 ? 12 : 4, kStatisticsBytes>;
+
+template <int kHeadDim>
+constexpr int kOwnBytes = kKeysInRegisters<kHeadDim> ? 0 : 2 * kBlock * kHeadDim * 2;
 
 struct DkvTensors {
-  HopperTensor dk, dv;
+  HopperTensor k, v, dk, dv;
   const float* statistics;
   float* workspace;
   int slot_count;
@@ -75,14 +84,14 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
                                         const CUtensorMap* v_map, const DkvTensors& tensors,
                                         const HopperWork& work, const DkvRing<kHeadDim>& ring,
                                         uint32_t own_tiles, uint32_t own_barrier) {
-  // With 240 registers the last product of a tile may run on under the next tile's first.
-  constexpr bool kOverlap = kHeadDim == 128;
+  constexpr bool kInRegisters = kKeysInRegisters<kHeadDim>;
   constexpr int kTileBytes = DkvRing<kHeadDim>::kTileBytes;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.keys + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
+  uint32_t k_operand[kHeadDim / 16][4], v_operand[kHeadDim / 16][4];
   Place where;
   int own = -1;
   const auto load_keys = [&](const Item& item) {
@@ -90,15 +99,23 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
     if (own >= 0) {
       where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
       own %= blocks;
-      // Every warp has read the last item's keys and values.
-      warpgroup_sync(warpgroup);
-      if (thread == 0) {
-        barrier_expect(own_barrier, 2 * kTileBytes);
-        copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
-        copy_tile<kHeadDim>(own_tiles + kTileBytes, v_map, own_barrier, own, where.head,
-                            where.batch);
+      if constexpr (kInRegisters) {
+        const int row = own * kBlock + row_in_block;
+        load_operand<T, kHeadDim>(k_operand, head_of<const T>(tensors.k, where.batch, where.head),
+                                  tensors.k.token_stride, row, column, problem.keys);
+        load_operand<T, kHeadDim>(v_operand, head_of<const T>(tensors.v, where.batch, where.head),
+                                  tensors.v.token_stride, row, column, problem.keys);
+      } else {
+        // Every warp has read the last item's keys and values.
+        warpgroup_sync(warpgroup);
+        if (thread == 0) {
+          barrier_expect(own_barrier, 2 * kTileBytes);
+          copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
+          copy_tile<kHeadDim>(own_tiles + kTileBytes, v_map, own_barrier, own, where.head,
+                              where.batch);
+        }
+        __syncwarp();
       }
-      __syncwarp();
     }
   };
 
@@ -115,7 +132,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
     for (int i = 0; i < kHeadDim / 2; ++i) {
       dk[i] = dv[i] = 0.0f;
     }
-    if (owns) {
+    if (!kInRegisters && owns) {
       barrier_wait(own_barrier, own_parity);
       own_parity ^= 1;
     }
@@ -134,15 +151,23 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
       float probs[32], dprobs[32];
       ring.wait_full(step, seen);
       wgmma_fence();
-      multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
-      wgmma_commit();
-      if constexpr (kOverlap) {
-        wgmma_wait<1>();
-        if (holds) {
-          ring.release(held, lane);
-        }
+      if constexpr (kInRegisters) {
+        multiply_transposed<T, kHeadDim>(probs, k_operand, ring.tile(step, 0));
+      } else {
+        multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
       }
-      multiply_transposed<T, kHeadDim>(dprobs, own_tiles + kTileBytes, ring.tile(step, 1));
+      wgmma_commit();
+      // The last tile's products are done by then, and their operands' registers are free.
+      wgmma_wait<1>();
+      if (holds) {
+        ring.release(held, lane);
+      }
+      wgmma_fence();
+      if constexpr (kInRegisters) {
+        multiply_transposed<T, kHeadDim>(dprobs, v_operand, ring.tile(step, 1));
+      } else {
+        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + kTileBytes, ring.tile(step, 1));
+      }
       wgmma_commit();
       more = walk.next(warpgroup, position, partner);
       const uint32_t statistics = ring.extra(step) + column * 8;
@@ -197,13 +222,8 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
       wgmma_fence();
       accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
       wgmma_commit();
-      if constexpr (kOverlap) {
-        held = step;
-        holds = true;
-      } else {
-        wgmma_wait<0>();
-        ring.release(step, lane);
-      }
+      held = step;
+      holds = true;
     }
     wgmma_wait<0>();
     if (holds) {
@@ -235,17 +255,17 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(DkvRoles::kThreads, 1)
     block_sparse_attention_bwd_dkv_kernel(
         const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap grad_map,
         const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
         const HopperProblem problem, const DkvTensors tensors, const HopperWork work) {
-  constexpr int kOwners = Roles<kHeadDim>::kOwners;
+  constexpr int kOwners = DkvRoles::kOwners;
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[DkvRing<kHeadDim>::kBarrierWords + kOwners];
   const uint32_t own_tiles = (shared_address(shared) + 1023) & ~1023u;
   const uint32_t own_barriers = shared_address(barriers) + 8 * DkvRing<kHeadDim>::kBarrierWords;
-  const DkvRing<kHeadDim> ring(own_tiles + kOwners * 2 * DkvRing<kHeadDim>::kTileBytes,
+  const DkvRing<kHeadDim> ring(own_tiles + kOwners * kOwnBytes<kHeadDim>,
                                shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
@@ -256,7 +276,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x >= kOwners * 128) {
-    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
+    shrink_registers<DkvRoles::kProducerRegisters>();
     if (threadIdx.x < kOwners * 128 + 32) {
       const int group = problem.heads / problem.kv_heads;
       const int query_blocks = (problem.queries + 63) / 64;
@@ -273,10 +293,10 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
               });
     }
   } else {
-    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
+    grow_registers<DkvRoles::kConsumerRegisters>();
     const int warpgroup = warpgroup_index();
     consume<T, kHeadDim>(problem, &k_map, &v_map, tensors, work, ring,
-                         own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes,
+                         own_tiles + warpgroup * kOwnBytes<kHeadDim>,
                          own_barriers + 8 * warpgroup);
   }
 }
@@ -321,9 +341,9 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
   }
   const int copies = problem.batch * (problem.per_head ? 1 : problem.kv_heads);
   const int shared =
-      DkvRing<kHeadDim>::kBytes + Roles<kHeadDim>::kOwners * 2 * DkvRing<kHeadDim>::kTileBytes;
+      DkvRing<kHeadDim>::kBytes + DkvRoles::kOwners * kOwnBytes<kHeadDim>;
   const cudaError_t error =
-      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, work.workgroups, Roles<kHeadDim>::kThreads,
+      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, work.workgroups, DkvRoles::kThreads,
              shared + 1024, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
   if (error != cudaSuccess) {
     return error;
@@ -347,6 +367,6 @@ extern "C" int hopper_backward_dkv(const HopperProblem* problem, const HopperTen
                           : (problem->head_dim == 64 ? run<__nv_bfloat16, 64>
                                                      : run<__nv_bfloat16, 128>);
   return kernel(*problem, *q, *k, *v, *grad,
-                DkvTensors{*dk, *dv, statistics, workspace, splits->slot_count}, *work, *splits,
+                DkvTensors{*k, *v, *dk, *dv, statistics, workspace, splits->slot_count}, *work, *splits,
                 stream);
 }

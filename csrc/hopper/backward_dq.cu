@@ -103,6 +103,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
       if (holds) {
         ring.release(held, lane);
       }
+      wgmma_fence();
       multiply_transposed<T, kHeadDim>(dprobs, grad_operand, ring.tile(step, 1));
       wgmma_commit();
       more = walk.next(warpgroup, position, partner);
@@ -147,7 +148,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(KeyRoles<kHeadDim>::kThreads, 1)
     block_sparse_attention_bwd_dq_kernel(const __grid_constant__ CUtensorMap k_map,
                                          const __grid_constant__ CUtensorMap v_map,
                                          const HopperProblem problem, const DqTensors tensors,
@@ -160,9 +161,9 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
-  constexpr int kConsumers = Roles<kHeadDim>::kOwners * 128;
+  constexpr int kConsumers = KeyRoles<kHeadDim>::kConsumers;
   if (threadIdx.x >= kConsumers) {
-    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
+    shrink_registers<KeyRoles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
       produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
               });
     }
   } else {
-    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
+    grow_registers<KeyRoles<kHeadDim>::kConsumerRegisters>();
     consume<T, kHeadDim>(problem, tensors, work, ring);
   }
 }
@@ -186,7 +187,7 @@ int run(const HopperProblem& problem, const HopperTensor& k, const HopperTensor&
       !make_map(&v_map, v, problem, problem.kv_heads, problem.keys)) {
     return cudaErrorInvalidValue;
   }
-  return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, work.workgroups, Roles<kHeadDim>::kThreads,
+  return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, work.workgroups, KeyRoles<kHeadDim>::kThreads,
                 KeyRing<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, tensors, work);
 }
 

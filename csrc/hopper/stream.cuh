@@ -19,13 +19,18 @@ constexpr int kItemInts = 12;
 constexpr int kMaskBits = 3;
 
 // Consumer warpgroups of a workgroup, and registers a thread of each role: 64 K a multiprocessor.
-template <int kHeadDim>
+template <int kOwners_>
 struct Roles {
-  static constexpr int kOwners = kHeadDim == 64 ? 3 : 2;
-  static constexpr int kThreads = (kOwners + 1) * 128;
-  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 240;
+  static constexpr int kOwners = kOwners_;
+  static constexpr int kConsumers = kOwners * 128;
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kConsumerRegisters = kOwners == 3 ? 160 : 240;
   static constexpr int kProducerRegisters = 24;
 };
+
+// Of the kernels whose tiles are keys and values: head_dim 128 needs the registers of two.
+template <int kHeadDim>
+using KeyRoles = Roles<kHeadDim == 64 ? 3 : 2>;
 
 struct Item {
   int first, count, copy, own[3], slot[3];
@@ -107,9 +112,9 @@ struct EntryWalk {
 };
 
 // The ring of stages: two tiles, then kExtraBytes of row statistics.
-template <int kHeadDim, int kStages_, int kExtraBytes_ = 0>
+template <int kHeadDim, int kOwners_, int kStages_, int kExtraBytes_ = 0>
 struct Ring {
-  static constexpr int kOwners = Roles<kHeadDim>::kOwners;
+  static constexpr int kOwners = kOwners_;
   static constexpr int kExtraBytes = kExtraBytes_;
   static constexpr int kTileBytes = kBlock * kHeadDim * 2;
   static constexpr int kStages = kStages_;
@@ -173,7 +178,7 @@ struct Ring {
 
 // The ring of the kernels whose tiles are keys and values: all of shared memory, 192 KiB.
 template <int kHeadDim>
-using KeyRing = Ring<kHeadDim, kHeadDim == 64 ? 12 : 6>;
+using KeyRing = Ring<kHeadDim, KeyRoles<kHeadDim>::kOwners, kHeadDim == 64 ? 12 : 6>;
 
 // The producer warp: streams every entry of every item. copy(partner, place, step, barrier) issues
 // the copies of one entry; it runs in one lane.

@@ -128,7 +128,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         layout = ctx.layout
         (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
         rows = row_list(layout, batch, heads, queries, keys, head_dim)
-        columns = column_list(layout, batch, heads, kv_heads, queries, keys, head_dim)
+        columns = column_list(layout, batch, heads, kv_heads, queries, keys)
         dq, dk, dv = torch.ops.spion_ds.hopper_attention_bwd(
             *(q, k, v, out, _copyable(grad_out), lse, rows.items, rows.entries, rows.starts),
             *(columns.items, columns.entries, columns.starts, columns.splits, columns.slots),

@@ -62,9 +62,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def owners(head_dim: int) -> int:
-    """Return the consumer warpgroups of a workgroup: 2 where accumulators are wide."""
+def row_owners(head_dim: int) -> int:
+    """Return the owners of an item of the forward and dQ kernels (KeyRoles in stream.cuh)."""
     return 3 if head_dim == 64 else 2
+
+
+# The owners of an item of the dK, dV kernel (DkvRoles in backward_dkv.cu).
+COLUMN_OWNERS = 2
 
 
 def row_list(
@@ -74,7 +78,7 @@ def row_list(
 
     Owners are numbered head * query blocks + block, head 0 for a shared layout.
     """
-    name = ("hopper", "rows", owners(head_dim), batch, heads)
+    name = ("hopper", "rows", row_owners(head_dim), batch, heads)
     if name not in layout.plans:
         rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
         head, row, column = _kept_blocks(layout, rows, columns)
@@ -86,7 +90,7 @@ def row_list(
             partner_blocks=columns,
             copies=batch * (1 if layout.heads > 1 else heads),
             workgroups=_multiprocessors(layout.device),
-            owners_an_item=owners(head_dim),
+            owners_an_item=row_owners(head_dim),
             longest=None,
         ).to(layout.device)
     return layout.plans[name]
@@ -99,14 +103,13 @@ def column_list(
     kv_heads: int,
     queries: int,
     keys: int,
-    head_dim: int,
 ) -> WorkList:
     """Return the work of the dK, dV kernel: key blocks own, query blocks are partners.
 
     Owners are numbered kv_head * key blocks + block, kv_head 0 for a shared layout; partners
     member * query blocks + block, the member being the query head within the kv head's group.
     """
-    name = ("hopper", "columns", owners(head_dim), batch, heads, kv_heads)
+    name = ("hopper", "columns", batch, heads, kv_heads)
     if name not in layout.plans:
         rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
         head, row, column = _kept_blocks(layout, rows, columns)
@@ -120,7 +123,7 @@ def column_list(
         workgroups = _multiprocessors(layout.device)
         length = torch.bincount(owner, minlength=1)
         typical = length[length > 0].median().item() if owner.numel() else 0
-        share = owner.numel() * copies / (workgroups * owners(head_dim))
+        share = owner.numel() * copies / (workgroups * COLUMN_OWNERS)
         layout.plans[name] = _work_list(
             owner,
             partner,
@@ -129,7 +132,7 @@ def column_list(
             partner_blocks=rows * group,
             copies=copies,
             workgroups=workgroups,
-            owners_an_item=owners(head_dim),
+            owners_an_item=COLUMN_OWNERS,
             longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
         ).to(layout.device)
     return layout.plans[name]
