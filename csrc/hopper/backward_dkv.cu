@@ -1,5 +1,5 @@
-// dK and dV. A warpgroup owns 64 keys, summed over the query heads that share them; tiles are queries
-// and output gradients. Scores are computed transposed, keys by queries, so that probabilities come
+// dK and dV. A warpgroup owns 64 keys, summed over the query heads that share them; tiles are
+// queries and output gradients. Scores are computed transposed, keys by queries, so that probabilities come
 // out of the tensor cores as the register operand of the next product.
 //
 // A hot key block, kept by nearly every query block, is cut into parts of its own warpgroups. Each
@@ -14,21 +14,11 @@ namespace {
 // lse and delta of the 64 queries of a tile, each in the order of statistics_index.
 constexpr int kStatisticsBytes = 2 * kBlock * 4;
 
-using DkvRoles = Roles<2>;
-
-// Whether an owner's keys and values stay in registers: from shared memory, where they take the rest at
-// head_dim 128, they would be read again for every tile, at a rate that the tiles need.
 template <int kHeadDim>
-constexpr bool kKeysInRegisters = kHeadDim == 64;
-
-template <int kHeadDim>
-using DkvRing = Ring<kHeadDim, DkvRoles::kOwners, kHeadDim == 64 ? 12 : 4, kStatisticsBytes>;
-
-template <int kHeadDim>
-constexpr int kOwnBytes = kKeysInRegisters<kHeadDim> ? 0 : 2 * kBlock * kHeadDim * 2;
+using DkvRing = Ring<kHeadDim, kStatisticsBytes>;
 
 struct DkvTensors {
-  HopperTensor k, v, dk, dv;
+  HopperTensor dk, dv;
   const float* statistics;
   float* workspace;
   int slot_count;
@@ -84,188 +74,119 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const CUte
                                         const CUtensorMap* v_map, const DkvTensors& tensors,
                                         const HopperWork& work, const DkvRing<kHeadDim>& ring,
                                         uint32_t own_tiles, uint32_t own_barrier) {
-  constexpr bool kInRegisters = kKeysInRegisters<kHeadDim>;
-  constexpr int kTileBytes = DkvRing<kHeadDim>::kTileBytes;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.keys + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  uint32_t k_operand[kHeadDim / 16][4], v_operand[kHeadDim / 16][4];
-  Place where;
-  int own = -1;
-  const auto load_keys = [&](const Item& item) {
-    own = own_block(item, warpgroup);
-    if (own >= 0) {
-      where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
-      own %= blocks;
-      if constexpr (kInRegisters) {
-        const int row = own * kBlock + row_in_block;
-        load_operand<T, kHeadDim>(k_operand, head_of<const T>(tensors.k, where.batch, where.head),
-                                  tensors.k.token_stride, row, column, problem.keys);
-        load_operand<T, kHeadDim>(v_operand, head_of<const T>(tensors.v, where.batch, where.head),
-                                  tensors.v.token_stride, row, column, problem.keys);
-      } else {
-        // Every warp has read the last item's keys and values.
-        warpgroup_sync(warpgroup);
-        if (thread == 0) {
-          barrier_expect(own_barrier, 2 * kTileBytes);
-          copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
-          copy_tile<kHeadDim>(own_tiles + kTileBytes, v_map, own_barrier, own, where.head,
-                              where.batch);
-        }
-        __syncwarp();
-      }
-    }
-  };
-
   uint32_t base = 0, seen = DkvRing<kHeadDim>::kWindow - 1, own_parity = 0;
-  int index = __ldg(work.starts + blockIdx.x);
   const int end = __ldg(work.starts + blockIdx.x + 1);
-  Item item = load_item(work.items, index);
-  EntryWalk walk(work.entries + item.first, item.count, lane);
-  load_keys(item);
-  for (; index < end; ++index) {
-    const bool owns = own >= 0;
-    float dk[kHeadDim / 2], dv[kHeadDim / 2];
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
+    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
+    if (own >= 0) {
+      const int slot = warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
+      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
+      own %= blocks;
+      // Every warp has read the last item's keys and values.
+      warpgroup_sync(warpgroup);
+      if (thread == 0) {
+        barrier_expect(own_barrier, 2 * DkvRing<kHeadDim>::kTileBytes);
+        copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
+        copy_tile<kHeadDim>(own_tiles + DkvRing<kHeadDim>::kTileBytes, v_map, own_barrier, own,
+                            where.head, where.batch);
+      }
+      float dk[kHeadDim / 2], dv[kHeadDim / 2];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) {
-      dk[i] = dv[i] = 0.0f;
-    }
-    if (!kInRegisters && owns) {
+      for (int i = 0; i < kHeadDim / 2; ++i) {
+        dk[i] = dv[i] = 0.0f;
+      }
+      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
+      int position, partner;
       barrier_wait(own_barrier, own_parity);
       own_parity ^= 1;
-    }
-    uint32_t held = 0;
-    bool holds = false;
-    int position = 0, partner = 0;
-    bool more = walk.first(warpgroup, position, partner);
-    while (more) {
-      const uint32_t step = base + position;
-      // The stage ahead can be the one that is held: let go before a long wait.
-      if (holds && step - held >= DkvRing<kHeadDim>::kWindow) {
-        wgmma_wait<0>();
-        ring.release(held, lane);
-        holds = false;
-      }
-      float probs[32], dprobs[32];
-      ring.wait_full(step, seen);
-      wgmma_fence();
-      if constexpr (kInRegisters) {
-        multiply_transposed<T, kHeadDim>(probs, k_operand, ring.tile(step, 0));
-      } else {
+      while (walk.next(position, partner)) {
+        const uint32_t step = base + position;
+        float probs[32], dprobs[32];
+        ring.wait_full(step, seen);
+        wgmma_fence();
         multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
-      }
-      wgmma_commit();
-      // The last tile's products are done by then, and their operands' registers are free.
-      wgmma_wait<1>();
-      if (holds) {
-        ring.release(held, lane);
-      }
-      wgmma_fence();
-      if constexpr (kInRegisters) {
-        multiply_transposed<T, kHeadDim>(dprobs, v_operand, ring.tile(step, 1));
-      } else {
-        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + kTileBytes, ring.tile(step, 1));
-      }
-      wgmma_commit();
-      more = walk.next(warpgroup, position, partner);
-      const uint32_t statistics = ring.extra(step) + column * 8;
-      float4 lse[4];
+        wgmma_commit();
+        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + DkvRing<kHeadDim>::kTileBytes,
+                                         ring.tile(step, 1));
+        wgmma_commit();
+        const uint32_t statistics = ring.extra(step) + column * 32;
+        wgmma_wait<1>();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        lse[i] = load_shared(statistics + i * 64);
-      }
-      wgmma_wait<1>();
+        for (int i = 0; i < 4; ++i) {
+          const float4 lse = load_shared(statistics + i * 16);
+          float* p = probs + i * 8;
+          p[0] = exp2_fast(fmaf(p[0], scale, -lse.x));
+          p[1] = exp2_fast(fmaf(p[1], scale, -lse.y));
+          p[2] = exp2_fast(fmaf(p[2], scale, -lse.x));
+          p[3] = exp2_fast(fmaf(p[3], scale, -lse.y));
+          p[4] = exp2_fast(fmaf(p[4], scale, -lse.z));
+          p[5] = exp2_fast(fmaf(p[5], scale, -lse.w));
+          p[6] = exp2_fast(fmaf(p[6], scale, -lse.z));
+          p[7] = exp2_fast(fmaf(p[7], scale, -lse.w));
+        }
+        uint32_t operand[4][4];
+        to_operand<T>(operand, probs);
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(dv, operand, ring.tile(step, 1));
+        wgmma_commit();
+        wgmma_wait<1>();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float* p = probs + i * 8;
-        p[0] = exp2_fast(fmaf(p[0], scale, -lse[i].x));
-        p[1] = exp2_fast(fmaf(p[1], scale, -lse[i].y));
-        p[2] = exp2_fast(fmaf(p[2], scale, -lse[i].x));
-        p[3] = exp2_fast(fmaf(p[3], scale, -lse[i].y));
-        p[4] = exp2_fast(fmaf(p[4], scale, -lse[i].z));
-        p[5] = exp2_fast(fmaf(p[5], scale, -lse[i].w));
-        p[6] = exp2_fast(fmaf(p[6], scale, -lse[i].z));
-        p[7] = exp2_fast(fmaf(p[7], scale, -lse[i].w));
-      }
-      uint32_t operand[4][4];
-      to_operand<T>(operand, probs);
-      wgmma_fence();
-      accumulate_product<T, kHeadDim>(dv, operand, ring.tile(step, 1));
-      wgmma_commit();
-      float4 delta[4];
+        for (int i = 0; i < 4; ++i) {
+          const float4 delta = load_shared(statistics + kBlock * 4 + i * 16);
+          float* dp = dprobs + i * 8;
+          dp[0] -= delta.x;
+          dp[1] -= delta.y;
+          dp[2] -= delta.x;
+          dp[3] -= delta.y;
+          dp[4] -= delta.z;
+          dp[5] -= delta.w;
+          dp[6] -= delta.z;
+          dp[7] -= delta.w;
+        }
+        uint32_t dscores[4][4];
+        to_operand<T>(dscores, dprobs);
+        // In pairs of T: half the instructions, and no float32 probabilities in 32 registers.
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        delta[i] = load_shared(statistics + kBlock * 4 + i * 64);
+        for (int i = 0; i < 16; ++i) {
+          dscores[i / 4][i % 4] = multiply_pairs<T>(dscores[i / 4][i % 4], operand[i / 4][i % 4]);
+        }
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
+        wgmma_commit();
+        wgmma_wait<0>();
+        ring.release(step, lane);
       }
-      wgmma_wait<1>();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float* dp = dprobs + i * 8;
-        dp[0] -= delta[i].x;
-        dp[1] -= delta[i].y;
-        dp[2] -= delta[i].x;
-        dp[3] -= delta[i].y;
-        dp[4] -= delta[i].z;
-        dp[5] -= delta[i].w;
-        dp[6] -= delta[i].z;
-        dp[7] -= delta[i].w;
-      }
-      uint32_t dscores[4][4];
-      to_operand<T>(dscores, dprobs);
-      // In pairs of T: float32 probabilities would hold 32 registers more, and half the products do.
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        dscores[i / 4][i % 4] = multiply_pairs<T>(dscores[i / 4][i % 4], operand[i / 4][i % 4]);
-      }
-      wgmma_fence();
-      accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
-      wgmma_commit();
-      held = step;
-      holds = true;
-    }
-    wgmma_wait<0>();
-    if (holds) {
-      ring.release(held, lane);
-    }
-    base += item.count;
-    // What the next item needs is loaded before this one's sums are written.
-    const Item last = item;
-    const Place there = where;
-    const int block = own;
-    if (index + 1 < end) {
-      item = load_item(work.items, index + 1);
-      walk = EntryWalk(work.entries + item.first, item.count, lane);
-      load_keys(item);
-    }
-    if (owns) {
-      const int slot = warpgroup == 0 ? last.slot[0] : warpgroup == 1 ? last.slot[1] : last.slot[2];
       if (slot < 0) {
-        store_gradients<T, kHeadDim>(problem, tensors, there, block, dk, dv, row_in_block, column);
+        store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);
       } else {
         float* target = tensors.workspace +
-                        (int64_t(last.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
+                        (int64_t(item.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
         store_slot<kHeadDim>(target, dk, thread);
         store_slot<kHeadDim>(target + kSlotFloats<kHeadDim> / 2, dv, thread);
       }
     }
-    __syncwarp();
+    base += item.count;
   }
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(DkvRoles::kThreads, 1)
+__global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     block_sparse_attention_bwd_dkv_kernel(
         const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap grad_map,
         const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
         const HopperProblem problem, const DkvTensors tensors, const HopperWork work) {
-  constexpr int kOwners = DkvRoles::kOwners;
+  constexpr int kOwners = Roles<kHeadDim>::kOwners;
   extern __shared__ uint8_t shared[];
   __shared__ uint64_t barriers[DkvRing<kHeadDim>::kBarrierWords + kOwners];
   const uint32_t own_tiles = (shared_address(shared) + 1023) & ~1023u;
   const uint32_t own_barriers = shared_address(barriers) + 8 * DkvRing<kHeadDim>::kBarrierWords;
-  const DkvRing<kHeadDim> ring(own_tiles + kOwners * kOwnBytes<kHeadDim>,
+  const DkvRing<kHeadDim> ring(own_tiles + kOwners * 2 * DkvRing<kHeadDim>::kTileBytes,
                                shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
@@ -276,7 +197,7 @@ __global__ void __launch_bounds__(DkvRoles::kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x >= kOwners * 128) {
-    shrink_registers<DkvRoles::kProducerRegisters>();
+    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kOwners * 128 + 32) {
       const int group = problem.heads / problem.kv_heads;
       const int query_blocks = (problem.queries + 63) / 64;
@@ -293,10 +214,10 @@ __global__ void __launch_bounds__(DkvRoles::kThreads, 1)
               });
     }
   } else {
-    grow_registers<DkvRoles::kConsumerRegisters>();
+    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     const int warpgroup = warpgroup_index();
     consume<T, kHeadDim>(problem, &k_map, &v_map, tensors, work, ring,
-                         own_tiles + warpgroup * kOwnBytes<kHeadDim>,
+                         own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes,
                          own_barriers + 8 * warpgroup);
   }
 }
@@ -341,10 +262,10 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
   }
   const int copies = problem.batch * (problem.per_head ? 1 : problem.kv_heads);
   const int shared =
-      DkvRing<kHeadDim>::kBytes + DkvRoles::kOwners * kOwnBytes<kHeadDim>;
+      DkvRing<kHeadDim>::kBytes + Roles<kHeadDim>::kOwners * 2 * DkvRing<kHeadDim>::kTileBytes;
   const cudaError_t error =
-      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, work.workgroups, DkvRoles::kThreads,
-             shared + 1024, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
+      launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, work.workgroups,
+             Roles<kHeadDim>::kThreads, shared + 1024, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
   if (error != cudaSuccess) {
     return error;
   }
@@ -367,6 +288,6 @@ extern "C" int hopper_backward_dkv(const HopperProblem* problem, const HopperTen
                           : (problem->head_dim == 64 ? run<__nv_bfloat16, 64>
                                                      : run<__nv_bfloat16, 128>);
   return kernel(*problem, *q, *k, *v, *grad,
-                DkvTensors{*k, *v, *dk, *dv, statistics, workspace, splits->slot_count}, *work, *splits,
+                DkvTensors{*dk, *dv, statistics, workspace, splits->slot_count}, *work, *splits,
                 stream);
 }

@@ -14,156 +14,118 @@ struct DqTensors {
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTensors& tensors,
-                                        const HopperWork& work, const KeyRing<kHeadDim>& ring) {
+                                        const HopperWork& work, const Ring<kHeadDim>& ring) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.queries + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  uint32_t q_operand[kHeadDim / 16][4], grad_operand[kHeadDim / 16][4];
-  Place where;
-  int own = -1;
-  const auto load_rows = [&](const Item& item) {
-    own = own_block(item, warpgroup);
+  uint32_t base = 0, seen = Ring<kHeadDim>::kWindow - 1;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
+    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
     if (own >= 0) {
-      where = place(item.copy, own, problem.heads, blocks, problem.per_head);
+      const Place where =
+          place(item.copy, own, problem.heads, blocks, problem.per_head);
       own %= blocks;
       const int row = own * kBlock + row_in_block;
+      uint32_t q_operand[kHeadDim / 16][4], grad_operand[kHeadDim / 16][4];
       load_operand<T, kHeadDim>(q_operand, head_of<const T>(tensors.q, where.batch, where.head),
                                 tensors.q.token_stride, row, column, problem.queries);
       load_operand<T, kHeadDim>(grad_operand,
                                 head_of<const T>(tensors.grad, where.batch, where.head),
                                 tensors.grad.token_stride, row, column, problem.queries);
-    }
-  };
-
-  uint32_t base = 0, seen = KeyRing<kHeadDim>::kWindow - 1;
-  int index = __ldg(work.starts + blockIdx.x);
-  const int end = __ldg(work.starts + blockIdx.x + 1);
-  Item item = load_item(work.items, index);
-  EntryWalk walk(work.entries + item.first, item.count, lane);
-  load_rows(item);
-  for (; index < end; ++index) {
-    // What the next item needs is loaded before this one's end is written.
-    const Item following = load_item(work.items, min(index + 1, end - 1));
-    const bool owns = own >= 0;
-    float lse[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
-    if (owns) {
-      uint32_t out_operand[kHeadDim / 16][4];
-      load_operand<T, kHeadDim>(out_operand, head_of<const T>(tensors.out, where.batch, where.head),
-                                tensors.out.token_stride, own * kBlock + row_in_block, column,
-                                problem.queries);
       const int64_t block = (int64_t(where.batch) * problem.heads + where.head) * blocks + own;
-      lse[0] = __ldg(tensors.lse + block * kBlock + row_in_block);
-      lse[1] = __ldg(tensors.lse + block * kBlock + row_in_block + 8);
+      float delta[2] = {0.0f, 0.0f};
+      {
+        uint32_t out_operand[kHeadDim / 16][4];
+        load_operand<T, kHeadDim>(out_operand,
+                                  head_of<const T>(tensors.out, where.batch, where.head),
+                                  tensors.out.token_stride, row, column, problem.queries);
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 4; ++i) {
-        const float2 x = unpack<T>(out_operand[i / 4][i % 4]);
-        const float2 y = unpack<T>(grad_operand[i / 4][i % 4]);
-        delta[i % 2] += x.x * y.x + x.y * y.y;
+        for (int i = 0; i < kHeadDim / 4; ++i) {
+          const float2 x = unpack<T>(out_operand[i / 4][i % 4]);
+          const float2 y = unpack<T>(grad_operand[i / 4][i % 4]);
+          delta[i % 2] += x.x * y.x + x.y * y.y;
+        }
       }
+      float lse[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         delta[half] = quad_sum(delta[half]);
+        const int token = row_in_block + 8 * half;
+        lse[half] = __ldg(tensors.lse + block * kBlock + token);
         if (lane % 4 == 0) {
-          float* statistics = tensors.statistics + block * 2 * kBlock +
-                              statistics_index(row_in_block + 8 * half);
+          float* statistics = tensors.statistics + block * 2 * kBlock + statistics_index(token);
           statistics[0] = lse[half];
           statistics[kBlock] = delta[half];
         }
       }
-    }
-    __syncwarp();
 
-    float sums[kHeadDim / 2];
+      float sums[kHeadDim / 2];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) {
-      sums[i] = 0.0f;
-    }
-    uint32_t held = 0;
-    bool holds = false;
-    int position = 0, partner = 0;
-    bool more = walk.first(warpgroup, position, partner);
-    while (more) {
-      const uint32_t step = base + position;
-      // The stage ahead can be the one that is held: let go before a long wait.
-      if (holds && step - held >= KeyRing<kHeadDim>::kWindow) {
+      for (int i = 0; i < kHeadDim / 2; ++i) {
+        sums[i] = 0.0f;
+      }
+      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
+      int position, partner;
+      while (walk.next(position, partner)) {
+        const uint32_t step = base + position;
+        const uint64_t bits = key_bits(problem, where.batch, partner);
+        float probs[32], dprobs[32];
+        ring.wait_full(step, seen);
+        wgmma_fence();
+        multiply_transposed<T, kHeadDim>(probs, q_operand, ring.tile(step, 0));
+        wgmma_commit();
+        multiply_transposed<T, kHeadDim>(dprobs, grad_operand, ring.tile(step, 1));
+        wgmma_commit();
+        wgmma_wait<1>();
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          probs[i] = exp2_fast(fmaf(probs[i], scale, -lse[i / 2 % 2]));
+        }
+        if (bits != ~0ull) {
+          mask_keys(probs, bits, column, 0.0f);
+        }
         wgmma_wait<0>();
-        ring.release(held, lane);
-        holds = false;
-      }
-      const uint64_t bits = key_bits(problem, where.batch, partner);
-      float probs[32], dprobs[32];
-      ring.wait_full(step, seen);
-      wgmma_fence();
-      multiply_transposed<T, kHeadDim>(probs, q_operand, ring.tile(step, 0));
-      wgmma_commit();
-      // The last tile's product is done by then, and its operand's registers are free.
-      wgmma_wait<1>();
-      if (holds) {
-        ring.release(held, lane);
-      }
-      wgmma_fence();
-      multiply_transposed<T, kHeadDim>(dprobs, grad_operand, ring.tile(step, 1));
-      wgmma_commit();
-      more = walk.next(warpgroup, position, partner);
-      wgmma_wait<1>();
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        probs[i] = exp2_fast(fmaf(probs[i], scale, -lse[i / 2 % 2]));
+        for (int i = 0; i < 32; ++i) {
+          probs[i] *= dprobs[i] - delta[i / 2 % 2];
+        }
+        uint32_t dscores[4][4];
+        to_operand<T>(dscores, probs);
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(sums, dscores, ring.tile(step, 0));
+        wgmma_commit();
+        wgmma_wait<0>();
+        ring.release(step, lane);
       }
-      if (bits != ~0ull) {
-        mask_keys(probs, bits, column, 0.0f);
-      }
-      wgmma_wait<0>();
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        probs[i] *= dprobs[i] - delta[i / 2 % 2];
-      }
-      uint32_t dscores[4][4];
-      to_operand<T>(dscores, probs);
-      wgmma_fence();
-      accumulate_product<T, kHeadDim>(sums, dscores, ring.tile(step, 0));
-      wgmma_commit();
-      held = step;
-      holds = true;
-    }
-    base += item.count;
-    walk = EntryWalk(work.entries + following.first, following.count, lane);
-    const Place there = where;
-    const int row = own * kBlock + row_in_block;
-    load_rows(following);
-    wgmma_wait<0>();
-    if (holds) {
-      ring.release(held, lane);
-    }
-    if (owns) {
-      store_rows<T, kHeadDim>(sums, head_of<T>(tensors.dq, there.batch, there.head),
+      store_rows<T, kHeadDim>(sums, head_of<T>(tensors.dq, where.batch, where.head),
                               tensors.dq.token_stride, row, column, problem.queries, problem.scale,
                               problem.scale);
     }
-    __syncwarp();
-    item = following;
+    base += item.count;
   }
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(KeyRoles<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     block_sparse_attention_bwd_dq_kernel(const __grid_constant__ CUtensorMap k_map,
                                          const __grid_constant__ CUtensorMap v_map,
                                          const HopperProblem problem, const DqTensors tensors,
                                          const HopperWork work) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[KeyRing<kHeadDim>::kBarrierWords];
-  const KeyRing<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u, shared_address(barriers));
+  __shared__ uint64_t barriers[Ring<kHeadDim>::kBarrierWords];
+  const Ring<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u, shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
     barrier_init_fence();
   }
   __syncthreads();
-  constexpr int kConsumers = KeyRoles<kHeadDim>::kConsumers;
+  constexpr int kConsumers = Roles<kHeadDim>::kOwners * 128;
   if (threadIdx.x >= kConsumers) {
-    shrink_registers<KeyRoles<kHeadDim>::kProducerRegisters>();
+    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
       produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
@@ -174,7 +136,7 @@ __global__ void __launch_bounds__(KeyRoles<kHeadDim>::kThreads, 1)
               });
     }
   } else {
-    grow_registers<KeyRoles<kHeadDim>::kConsumerRegisters>();
+    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     consume<T, kHeadDim>(problem, tensors, work, ring);
   }
 }
@@ -187,8 +149,8 @@ int run(const HopperProblem& problem, const HopperTensor& k, const HopperTensor&
       !make_map(&v_map, v, problem, problem.kv_heads, problem.keys)) {
     return cudaErrorInvalidValue;
   }
-  return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, work.workgroups, KeyRoles<kHeadDim>::kThreads,
-                KeyRing<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, tensors, work);
+  return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, work.workgroups,
+                Roles<kHeadDim>::kThreads, Ring<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, tensors, work);
 }
 
 }  // namespace

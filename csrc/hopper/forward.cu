@@ -6,8 +6,8 @@
 namespace spion_hopper {
 namespace {
 
-// The most that a thread's 16 weights of a row and tile may sum to before the shift is raised. Which
-// shift is subtracted does not change the result as long as the weights fit their dtype.
+// The most that a thread's 16 weights of a row and tile may sum to before the shift is raised.
+// Which shift is subtracted does not change the result as long as the weights fit their dtype.
 constexpr float kMost = 256.0f;
 
 // Running softmax of the two rows of a thread: shift (base 2) and sum of the weights.
@@ -15,8 +15,8 @@ struct Softmax {
   float top[2] = {-1e30f, -1e30f};
   float total[2] = {0.0f, 0.0f};
 
-  // weights = 2^(score * scale - top). It tries the old shift first, and takes the maxima only where
-  // a sum shows that weights grew: past the first tiles that is rare.
+  // weights = 2^(score * scale - top). It tries the old shift first, and takes the maxima only
+  // where a sum shows that weights grew: past the first tiles that is rare.
   template <int kSums>
   __device__ __forceinline__ void update(const float (&scores)[32], float (&weights)[32],
                                          float (&sums)[kSums], float scale) {
@@ -69,94 +69,80 @@ struct Softmax {
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void consume(const HopperProblem& problem, const HopperTensor& q,
                                         const HopperTensor& out, float* lse,
-                                        const HopperWork& work, const KeyRing<kHeadDim>& ring) {
+                                        const HopperWork& work,
+                                        const Ring<kHeadDim>& ring) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.queries + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  uint32_t q_operand[kHeadDim / 16][4];
-  Place where;
-  int row = 0;
-  const auto load_queries = [&](const Item& item) {
-    const int own = own_block(item, warpgroup);
+  uint32_t base = 0, seen = Ring<kHeadDim>::kWindow - 1;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+    const Item item = load_item(work.items, index);
+    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
     if (own >= 0) {
-      where = place(item.copy, own, problem.heads, blocks, problem.per_head);
-      row = own % blocks * kBlock + row_in_block;
+      const Place where =
+          place(item.copy, own, problem.heads, blocks, problem.per_head);
+      own %= blocks;
+      const int row = own * kBlock + row_in_block;
+      uint32_t q_operand[kHeadDim / 16][4];
       load_operand<T, kHeadDim>(q_operand, head_of<const T>(q, where.batch, where.head),
                                 q.token_stride, row, column, problem.queries);
-    }
-  };
 
-  uint32_t base = 0, seen = KeyRing<kHeadDim>::kWindow - 1;
-  int index = __ldg(work.starts + blockIdx.x);
-  const int end = __ldg(work.starts + blockIdx.x + 1);
-  Item item = load_item(work.items, index);
-  EntryWalk walk(work.entries + item.first, item.count, lane);
-  load_queries(item);
-  for (; index < end; ++index) {
-    // What the next item needs is loaded before this one's end is written.
-    const Item following = load_item(work.items, min(index + 1, end - 1));
-    const bool owns = own_block(item, warpgroup) >= 0;
-    Softmax softmax;
-    float sums[kHeadDim / 2];
+      Softmax softmax;
+      float sums[kHeadDim / 2];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) {
-      sums[i] = 0.0f;
-    }
-    int kept = 0;
-    uint32_t held = 0;
-    bool holds = false;
-    int position = 0, partner = 0;
-    bool more = walk.first(warpgroup, position, partner);
-    while (more) {
-      const uint32_t step = base + position;
-      // The stage ahead can be the one that is held: let go before a long wait.
-      if (holds && step - held >= KeyRing<kHeadDim>::kWindow) {
-        wgmma_wait<0>();
-        ring.release(held, lane);
-        holds = false;
+      for (int i = 0; i < kHeadDim / 2; ++i) {
+        sums[i] = 0.0f;
       }
-      const uint64_t bits = key_bits(problem, where.batch, partner);
-      kept += __popcll(bits);
-      float scores[32];
-      ring.wait_full(step, seen);
-      wgmma_fence();
-      multiply_transposed<T, kHeadDim>(scores, q_operand, ring.tile(step, 0));
-      wgmma_commit();
-      more = walk.next(warpgroup, position, partner);
+      int kept = 0;
+      uint32_t held = 0;
+      bool holds = false;
+      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
+      int position, partner;
+      while (walk.next(position, partner)) {
+        const uint32_t step = base + position;
+        // The stage ahead can be the one that is held: let go before a long wait.
+        if (holds && step - held >= Ring<kHeadDim>::kStages / 2) {
+          wgmma_wait<0>();
+          ring.release(held, lane);
+          holds = false;
+        }
+        const uint64_t bits = key_bits(problem, where.batch, partner);
+        kept += __popcll(bits);
+        float scores[32];
+        ring.wait_full(step, seen);
+        wgmma_fence();
+        multiply_transposed<T, kHeadDim>(scores, q_operand, ring.tile(step, 0));
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (holds) {
+          ring.release(held, lane);
+        }
+        if (bits != ~0ull) {
+          mask_keys(scores, bits, column, -INFINITY);
+        }
+        float weights[32];
+        softmax.update(scores, weights, sums, scale);
+        uint32_t operand[4][4];
+        to_operand<T>(operand, weights);
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(sums, operand, ring.tile(step, 1));
+        wgmma_commit();
+        held = step;
+        holds = true;
+      }
       wgmma_wait<0>();
       if (holds) {
         ring.release(held, lane);
       }
-      if (bits != ~0ull) {
-        mask_keys(scores, bits, column, -INFINITY);
-      }
-      float weights[32];
-      softmax.update(scores, weights, sums, scale);
-      uint32_t operand[4][4];
-      to_operand<T>(operand, weights);
-      wgmma_fence();
-      accumulate_product<T, kHeadDim>(sums, operand, ring.tile(step, 1));
-      wgmma_commit();
-      held = step;
-      holds = true;
-    }
-    base += item.count;
-    walk = EntryWalk(work.entries + following.first, following.count, lane);
-    const Place there = where;
-    const int token = row;
-    load_queries(following);
-    wgmma_wait<0>();
-    if (holds) {
-      ring.release(held, lane);
-    }
-    if (owns) {
-      const int valid = problem.key_bits ? __ldg(problem.key_counts + there.batch) : problem.keys;
+
+      const int valid = problem.key_bits ? __ldg(problem.key_counts + where.batch) : problem.keys;
       const float pruned = problem.pruned_zero ? float(valid - kept) : 0.0f;
       float factor[2];
-      float* lse_head = lse + (int64_t(there.batch) * problem.heads + there.head) *
-                                  (int64_t(blocks) * kBlock);
+      float* lse_head =
+          lse + (int64_t(where.batch) * problem.heads + where.head) * (int64_t(blocks) * kBlock);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float total = quad_sum(softmax.total[half]);
@@ -167,37 +153,36 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
         total = total * shrink + (pruned > 0.0f ? pruned * exp2_fast(-top) : 0.0f);
         factor[half] = any ? shrink / total : 0.0f;
         if (lane % 4 == 0) {
+          const int token = row + 8 * half;
           // +inf makes every probability 0 in the backward pass.
-          lse_head[token + 8 * half] =
-              any && token + 8 * half < problem.queries ? top + log2f(total) : INFINITY;
+          lse_head[token] = any && token < problem.queries ? top + log2f(total) : INFINITY;
         }
       }
-      store_rows<T, kHeadDim>(sums, head_of<T>(out, there.batch, there.head), out.token_stride,
-                              token, column, problem.queries, factor[0], factor[1]);
+      store_rows<T, kHeadDim>(sums, head_of<T>(out, where.batch, where.head), out.token_stride, row,
+                              column, problem.queries, factor[0], factor[1]);
     }
-    __syncwarp();
-    item = following;
+    base += item.count;
   }
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(KeyRoles<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     block_sparse_attention_fwd_kernel(const __grid_constant__ CUtensorMap k_map,
                                       const __grid_constant__ CUtensorMap v_map,
                                       const HopperProblem problem, const HopperTensor q,
                                       const HopperTensor out, float* lse, const HopperWork work) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[KeyRing<kHeadDim>::kBarrierWords];
-  const KeyRing<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u,
+  __shared__ uint64_t barriers[Ring<kHeadDim>::kBarrierWords];
+  const Ring<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u,
                                    shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
     barrier_init_fence();
   }
   __syncthreads();
-  constexpr int kConsumers = KeyRoles<kHeadDim>::kConsumers;
+  constexpr int kConsumers = Roles<kHeadDim>::kOwners * 128;
   if (threadIdx.x >= kConsumers) {
-    shrink_registers<KeyRoles<kHeadDim>::kProducerRegisters>();
+    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
       produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
@@ -208,7 +193,7 @@ __global__ void __launch_bounds__(KeyRoles<kHeadDim>::kThreads, 1)
               });
     }
   } else {
-    grow_registers<KeyRoles<kHeadDim>::kConsumerRegisters>();
+    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     consume<T, kHeadDim>(problem, q, out, lse, work, ring);
   }
 }
@@ -222,8 +207,8 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
       !make_map(&v_map, v, problem, problem.kv_heads, problem.keys)) {
     return cudaErrorInvalidValue;
   }
-  return launch(block_sparse_attention_fwd_kernel<T, kHeadDim>, work.workgroups, KeyRoles<kHeadDim>::kThreads,
-                KeyRing<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, q, out, lse,
+  return launch(block_sparse_attention_fwd_kernel<T, kHeadDim>, work.workgroups,
+                Roles<kHeadDim>::kThreads, Ring<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, q, out, lse,
                 work);
 }
 

@@ -24,7 +24,10 @@ __device__ __forceinline__ void store_release(uint32_t address, int value) {
 
 __device__ __forceinline__ int load_acquire(uint32_t address) {
   int value;
-  asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];\n"
+               : "=r"(value)
+               : "r"(address)
+               : "memory");
   return value;
 }
 

@@ -19,18 +19,13 @@ constexpr int kItemInts = 12;
 constexpr int kMaskBits = 3;
 
 // Consumer warpgroups of a workgroup, and registers a thread of each role: 64 K a multiprocessor.
-template <int kOwners_>
+template <int kHeadDim>
 struct Roles {
-  static constexpr int kOwners = kOwners_;
-  static constexpr int kConsumers = kOwners * 128;
-  static constexpr int kThreads = kConsumers + 128;
-  static constexpr int kConsumerRegisters = kOwners == 3 ? 160 : 240;
+  static constexpr int kOwners = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kThreads = (kOwners + 1) * 128;
+  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 240;
   static constexpr int kProducerRegisters = 24;
 };
-
-// Of the kernels whose tiles are keys and values: head_dim 128 needs the registers of two.
-template <int kHeadDim>
-using KeyRoles = Roles<kHeadDim == 64 ? 3 : 2>;
 
 struct Item {
   int first, count, copy, own[3], slot[3];
@@ -40,11 +35,6 @@ __device__ __forceinline__ Item load_item(const int* items, int index) {
   const int4* source = reinterpret_cast<const int4*>(items + int64_t(index) * kItemInts);
   const int4 a = __ldg(source), b = __ldg(source + 1), c = __ldg(source + 2);
   return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}};
-}
-
-// The block that a warpgroup owns in an item, or -1.
-__device__ __forceinline__ int own_block(const Item& item, int warpgroup) {
-  return warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
 }
 
 // The index of this thread's warpgroup, in a form that the compiler knows to be uniform in a warp.
@@ -67,33 +57,25 @@ __device__ __forceinline__ Place place(int copy, int own, int own_heads, int own
 
 // Walks over the entries of one item that a warpgroup needs. All lanes of a warp call it together.
 struct EntryWalk {
-  const int* entries = nullptr;
-  int count = 0, lane = 0;
+  const int* entries;
+  int count, bit, lane;
   int chunk = 0;
-  int code = 0, next_code = 0;
-  uint32_t wanted = 0;
+  int code, next_code;
+  uint32_t wanted;
 
-  EntryWalk() = default;
-
-  // Only starts the loads, so that it can be made well before its first use.
-  __device__ __forceinline__ EntryWalk(const int* entries, int count, int lane)
-      : entries(entries), count(count), lane(lane) {
+  __device__ __forceinline__ EntryWalk(const int* entries, int count, int bit, int lane)
+      : entries(entries), count(count), bit(bit), lane(lane) {
     code = fetch(0);
     next_code = fetch(32);
+    wanted = __ballot_sync(~0u, code >> bit & 1);
   }
 
   __device__ __forceinline__ int fetch(int start) const {
     return start + lane < count ? __ldg(entries + start + lane) : 0;
   }
 
-  // Moves to the first wanted entry; ``bit`` is the warpgroup's in an entry.
-  __device__ __forceinline__ bool first(int bit, int& position, int& partner) {
-    wanted = __ballot_sync(~0u, code >> bit & 1);
-    return next(bit, position, partner);
-  }
-
-  // Moves to the next wanted entry: its position in the item and its partner.
-  __device__ __forceinline__ bool next(int bit, int& position, int& partner) {
+  // Advances to the next wanted entry: its position in the item and its partner.
+  __device__ __forceinline__ bool next(int& position, int& partner) {
     while (wanted == 0) {
       chunk += 32;
       if (chunk >= count) {
@@ -112,18 +94,19 @@ struct EntryWalk {
 };
 
 // The ring of stages: two tiles, then kExtraBytes of row statistics.
-template <int kHeadDim, int kOwners_, int kStages_, int kExtraBytes_ = 0>
+template <int kHeadDim, int kExtraBytes_ = 0>
 struct Ring {
-  static constexpr int kOwners = kOwners_;
+  static constexpr int kOwners = Roles<kHeadDim>::kOwners;
   static constexpr int kExtraBytes = kExtraBytes_;
   static constexpr int kTileBytes = kBlock * kHeadDim * 2;
-  static constexpr int kStages = kStages_;
+  static constexpr int kStages = kHeadDim == 64 ? 8 : 4;
   static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
   static constexpr int kBytes = kTilesBytes + kStages * kExtraBytes;
 
-  // How far apart two steps may be that a consumer waits for. The parity of a phase tells it only from
-  // its neighbours, so the producer lets at most this many loads be under way: who has seen step a
+  // How far apart two steps may be that a consumer waits for. A phase's parity tells it only from its
+  // neighbours, so the producer lets at most this many loads be under way: who has seen step a
   // complete knows that every step up to a - kWindow is, and may wait for any up to a + kWindow.
+  // Past that it waits for ``issued`` first.
   static constexpr int kWindow = kStages / 2;
   static constexpr int kBarrierWords = 2 * kStages + 1;
 
@@ -175,10 +158,6 @@ struct Ring {
     __syncwarp();
   }
 };
-
-// The ring of the kernels whose tiles are keys and values: all of shared memory, 192 KiB.
-template <int kHeadDim>
-using KeyRing = Ring<kHeadDim, KeyRoles<kHeadDim>::kOwners, kHeadDim == 64 ? 12 : 6>;
 
 // The producer warp: streams every entry of every item. copy(partner, place, step, barrier) issues
 // the copies of one entry; it runs in one lane.
@@ -332,10 +311,9 @@ __device__ __forceinline__ uint64_t key_bits(const HopperProblem& problem, int b
   return inside >= 64 ? ~0ull : (1ull << inside) - 1;
 }
 
-// Where lse and delta of a block's token lie. A thread needs 2 of every 8 tokens: those of 16 tokens are
-// one 16-byte load, and the four threads of a quad read 64 contiguous bytes.
+// Where lse and delta of a block's token lie: a thread's, 2 of every 8 tokens, are contiguous.
 __device__ __forceinline__ int statistics_index(int token) {
-  return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
+  return token % 8 / 2 * 16 + token / 8 * 2 + token % 2;
 }
 
 __device__ __forceinline__ float quad_max(float x) {

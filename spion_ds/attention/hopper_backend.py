@@ -22,7 +22,8 @@ from spion_ds.errors import ConfigError
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _BLOCKS = (64, 128)
-_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "hopper"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SOURCE_FOLDERS = (_PACKAGE / "csrc" / "hopper", _PACKAGE.parent / "csrc" / "hopper")
 
 
 def unsupported(
@@ -59,9 +60,12 @@ def load() -> None:
     """
     from torch.utils import cpp_extension
 
+    folder = next((folder for folder in _SOURCE_FOLDERS if folder.is_dir()), None)
+    if folder is None:
+        raise RuntimeError(f"no Hopper sources in {' or '.join(map(str, _SOURCE_FOLDERS))}")
     cpp_extension.load(
         name="spion_ds_hopper",
-        sources=[str(path) for pattern in ("*.cpp", "*.cu") for path in _SOURCES.glob(pattern)],
+        sources=[str(path) for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])],
         extra_cflags=["-O3"],
         extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
         is_python_module=False,
@@ -128,7 +132,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         layout = ctx.layout
         (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
         rows = row_list(layout, batch, heads, queries, keys, head_dim)
-        columns = column_list(layout, batch, heads, kv_heads, queries, keys)
+        columns = column_list(layout, batch, heads, kv_heads, queries, keys, head_dim)
         dq, dk, dv = torch.ops.spion_ds.hopper_attention_bwd(
             *(q, k, v, out, _copyable(grad_out), lse, rows.items, rows.entries, rows.starts),
             *(columns.items, columns.entries, columns.starts, columns.splits, columns.slots),

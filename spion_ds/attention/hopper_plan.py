@@ -53,8 +53,11 @@ class WorkList:
 
     def to(self, device: torch.device) -> WorkList:
         """Return the lists on ``device`` as the kernels read them."""
-        lists = (self.items, self.entries, self.starts, self.splits)
-        return WorkList(*(x.to(torch.int32).contiguous().to(device) for x in lists), self.slots)
+        items, entries, starts, splits = (
+            x.to(torch.int32).contiguous().to(device)
+            for x in (self.items, self.entries, self.starts, self.splits)
+        )
+        return WorkList(items, entries, starts, splits, self.slots)
 
 
 @functools.cache
@@ -62,13 +65,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def row_owners(head_dim: int) -> int:
-    """Return the owners of an item of the forward and dQ kernels (KeyRoles in stream.cuh)."""
+def owners(head_dim: int) -> int:
+    """Return the consumer warpgroups of a workgroup: 2 where accumulators are wide."""
     return 3 if head_dim == 64 else 2
-
-
-# The owners of an item of the dK, dV kernel (DkvRoles in backward_dkv.cu).
-COLUMN_OWNERS = 2
 
 
 def row_list(
@@ -78,9 +77,9 @@ def row_list(
 
     Owners are numbered head * query blocks + block, head 0 for a shared layout.
     """
-    name = ("hopper", "rows", row_owners(head_dim), batch, heads)
+    rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
+    name = ("hopper", "rows", owners(head_dim), batch, heads, rows, columns)
     if name not in layout.plans:
-        rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
         head, row, column = _kept_blocks(layout, rows, columns)
         layout.plans[name] = _work_list(
             head * rows + row,
@@ -90,7 +89,7 @@ def row_list(
             partner_blocks=columns,
             copies=batch * (1 if layout.heads > 1 else heads),
             workgroups=_multiprocessors(layout.device),
-            owners_an_item=row_owners(head_dim),
+            owners_an_item=owners(head_dim),
             longest=None,
         ).to(layout.device)
     return layout.plans[name]
@@ -103,15 +102,16 @@ def column_list(
     kv_heads: int,
     queries: int,
     keys: int,
+    head_dim: int,
 ) -> WorkList:
     """Return the work of the dK, dV kernel: key blocks own, query blocks are partners.
 
     Owners are numbered kv_head * key blocks + block, kv_head 0 for a shared layout; partners
     member * query blocks + block, the member being the query head within the kv head's group.
     """
-    name = ("hopper", "columns", batch, heads, kv_heads)
+    rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
+    name = ("hopper", "columns", owners(head_dim), batch, heads, kv_heads, rows, columns)
     if name not in layout.plans:
-        rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
         head, row, column = _kept_blocks(layout, rows, columns)
         group = heads // kv_heads
         if layout.heads > 1:
@@ -123,7 +123,7 @@ def column_list(
         workgroups = _multiprocessors(layout.device)
         length = torch.bincount(owner, minlength=1)
         typical = length[length > 0].median().item() if owner.numel() else 0
-        share = owner.numel() * copies / (workgroups * COLUMN_OWNERS)
+        share = owner.numel() * copies / (workgroups * owners(head_dim))
         layout.plans[name] = _work_list(
             owner,
             partner,
@@ -132,7 +132,7 @@ def column_list(
             partner_blocks=rows * group,
             copies=copies,
             workgroups=workgroups,
-            owners_an_item=COLUMN_OWNERS,
+            owners_an_item=owners(head_dim),
             longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
         ).to(layout.device)
     return layout.plans[name]
@@ -225,7 +225,7 @@ def _work_list(
     worker = _deal((most + _ITEM_TILES).repeat(copies), workgroups)
     items = items.repeat(copies, 1)
     items[:, 2] = torch.arange(copies).repeat_interleave(item_count)
-    # A workgroup goes through the copies in order, so that few copies are in the L2 cache at a time.
+    # A workgroup goes through the copies in order: few of them are in the L2 cache at a time.
     items = items[worker.argsort(stable=True)]
     starts = torch.zeros(min(workgroups, items.shape[0]) + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(worker, minlength=starts.numel() - 1).cumsum(0)
