@@ -14,7 +14,7 @@ from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
 from spion_ds.errors import ConfigError, unknown_name
 
-BACKENDS = ("auto", "reference", "torch", "triton", "cpp")
+BACKENDS = ("auto", "reference", "torch", "triton", "hopper", "cpp")
 PRUNED = ("zero", "excluded")
 
 
@@ -51,7 +51,7 @@ def block_sparse_attention(
             drawn from PyTorch's default generator if None.
         backend: ``"reference"`` is the specification, the others cost in proportion to the kept
             blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
-            serve.
+            serve. ``"hopper"`` must be asked for (docs/kernels_hopper.md says why).
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
@@ -96,6 +96,10 @@ def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..
 
         if backend == "triton" or triton_backend.unsupported(q, layout) is None:
             return triton_backend.block_sparse_attention_triton
+    if backend == "hopper":
+        from spion_ds.attention import hopper_backend
+
+        return hopper_backend.block_sparse_attention_hopper
     if backend == "cpp" or (backend == "auto" and q.device.type == "cpu"):
         from spion_ds.attention import cpu_backend
 
