@@ -23,7 +23,10 @@ setup(
     # csrc/ becomes spion_ds/csrc in a wheel, so that an installed package can compile it too.
     packages=[*find_packages(include=["spion_ds", "spion_ds.*"]), "spion_ds.csrc"],
     package_dir={"spion_ds.csrc": "csrc"},
-    package_data={"spion_ds.recipes": ["*.yaml"], "spion_ds.csrc": ["*.cpp", "*.cu", "*.h"]},
+    package_data={
+        "spion_ds.recipes": ["*.yaml"],
+        "spion_ds.csrc": ["*.cpp", "*.cu", "*.h", "hopper/*"],
+    },
     install_requires=[
         "torch>=2.8",
         "deepspeed>=0.19.6",

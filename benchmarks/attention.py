@@ -86,7 +86,7 @@ def step(attend: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) 
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
-def gate(shape: Shape, density: float) -> float:
+def gate(shape: Shape, density: float, backend: str) -> float:
     """Return the largest relative error of out, dQ, dK, dV on a short sequence of odd length.
 
     Raises:
@@ -98,7 +98,9 @@ def gate(shape: Shape, density: float) -> float:
     layout = BlockLayout.from_mask(spion_like_mask(blocks, density), shape.block).to("cuda")
     inputs, grad = draw(small)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    ours = step(lambda q, k, v: block_sparse_attention(q, k, v, layout), inputs, grad)
+    ours = step(
+        lambda q, k, v: block_sparse_attention(q, k, v, layout, backend=backend), inputs, grad
+    )
     theirs = step(
         lambda q, k, v: block_sparse_attention(q, k, v, layout, backend="reference"),
         exact,
@@ -178,27 +180,29 @@ def time_flex(shape: Shape, mask: Tensor) -> float | str:
         return f"failed: {str(error).splitlines()[0][:40]}"
 
 
-def time_ours(shape: Shape, mask: Tensor) -> tuple[float, float, float]:
+def time_ours(shape: Shape, mask: Tensor, backend: str) -> tuple[float, float, float]:
     """Return (eager ms, graph ms, peak MB)."""
     layout = BlockLayout.from_mask(mask, shape.block).to("cuda")
     inputs, grad = draw(shape)
 
     def run() -> None:
-        step(lambda q, k, v: block_sparse_attention(q, k, v, layout), inputs, grad)
+        step(lambda q, k, v: block_sparse_attention(q, k, v, layout, backend=backend), inputs, grad)
 
     return eager_ms(run), graph_ms(run), peak_megabytes(run)
 
 
-def rows_of(shape: Shape, dense: dict[str, tuple[float, float, float]], flex: bool) -> list[str]:
+def rows_of(
+    shape: Shape, dense: dict[str, tuple[float, float, float]], backend: str, flex: bool
+) -> list[str]:
     """Return the table rows of one shape and block."""
     fastest = min(eager for eager, _, _ in dense.values())
     cudnn, flash_mb = dense["SDPA cuDNN"][0], dense["SDPA flash"][2]
     rows = []
     for density in shape.densities:
-        error = gate(shape, density)
+        error = gate(shape, density, backend)
         mask = spion_like_mask(shape.length // shape.block, density)
         kept = mask.double().mean().item()
-        eager, graph, memory = time_ours(shape, mask)
+        eager, graph, memory = time_ours(shape, mask, backend)
         peer = time_flex(shape, mask) if flex else "not run"
         peer = f"{peer:.3f}" if isinstance(peer, float) else peer
         cells = [
@@ -236,6 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="Markdown page to write")
     parser.add_argument("--only", default="", help="only shapes whose text contains this")
+    parser.add_argument("--backend", default="triton", help="of block_sparse_attention")
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too (compiles)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -250,7 +255,7 @@ def main() -> int:
         key = (shape.batch, shape.heads, shape.length, shape.head_dim)
         if key not in dense:
             dense[key] = time_dense(shape)
-        lines += rows_of(shape, dense[key], options.flex)
+        lines += rows_of(shape, dense[key], options.backend, options.flex)
         gc.collect()
         torch.cuda.empty_cache()
     if options.out is not None:

@@ -6,19 +6,16 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 
 import torch
 
 
 def machine_lines() -> list[str]:
     """Return the lines that a results page opens with: date, device, versions, command."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     if torch.version.cuda:
         versions += f", CUDA {torch.version.cuda}"
@@ -76,12 +73,11 @@ def peak_megabytes(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def cpu_ms(run: Callable[[], object], repeats: int = 7) -> float:
-    """Return the median milliseconds of ``run`` on the CPU, after one run to warm up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+def _processor() -> str:
+    """Return the processor's name, its threads in use and its instruction set."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        name = names[0].split(":", 1)[1].strip() if names else name
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -24,5 +24,7 @@ def test_wheel_has_recipes_and_sources_and_no_tests(tmp_path: Path) -> None:
     recipes = {f"spion_ds/recipes/{path.name}" for path in ROOT.glob("spion_ds/recipes/*.yaml")}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("spion_ds/**/*.py")}
     assert recipes
-    assert recipes | modules | {"spion_ds/csrc/flood_fill.cpp"} <= names
+    sources = {f"spion_ds/csrc/{path.name}" for path in ROOT.glob("csrc/*.[ch]*")}
+    assert {"spion_ds/csrc/flood_fill.cpp", "spion_ds/csrc/attention_tiles.h"} <= sources
+    assert recipes | modules | sources <= names
     assert not [name for name in names if name.startswith(("tests", "launch"))]

@@ -14,7 +14,7 @@ from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
 from spion_ds.errors import ConfigError, unknown_name
 
-BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "triton", "hopper", "cpp")
 PRUNED = ("zero", "excluded")
 
 
@@ -49,8 +49,9 @@ def block_sparse_attention(
         dropout_p: probability of dropping a kept probability.
         dropout_key: (batch,) int32 keys of the counter-based generator (attention/dropout.py);
             drawn from PyTorch's default generator if None.
-        backend: ``"reference"`` is the specification, ``"torch"`` and ``"triton"`` cost in
-            proportion to the kept blocks, ``"auto"`` takes triton on a GPU and torch elsewhere.
+        backend: ``"reference"`` is the specification, the others cost in proportion to the kept
+            blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
+            serve. ``"hopper"`` must be asked for (docs/kernels_hopper.md says why).
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
@@ -87,7 +88,7 @@ def block_sparse_attention(
 
 
 def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:
-    """Return the backend's function; "auto" takes the Triton kernels where they serve."""
+    """Return the backend's function; "auto" takes the kernels of the device where they serve."""
     if backend == "reference":
         return block_sparse_attention_reference
     if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
@@ -95,6 +96,15 @@ def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..
 
         if backend == "triton" or triton_backend.unsupported(q, layout) is None:
             return triton_backend.block_sparse_attention_triton
+    if backend == "hopper":
+        from spion_ds.attention import hopper_backend
+
+        return hopper_backend.block_sparse_attention_hopper
+    if backend == "cpp" or (backend == "auto" and q.device.type == "cpu"):
+        from spion_ds.attention import cpu_backend
+
+        if backend == "cpp" or cpu_backend.unsupported(q, layout) is None:
+            return cpu_backend.block_sparse_attention_cpu
     return block_sparse_attention_torch
 
 
@@ -140,17 +150,11 @@ def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> No
         raise ConfigError(
             f"the layout is on {layout.device}, q on {q.device}; call layout.to({str(q.device)!r})"
         )
-    if causal and _reaches_above_diagonal(layout):
+    if causal and layout.above_diagonal:
         raise ConfigError(
             "causal=True, but the layout keeps blocks wholly above the diagonal; remove them with "
             "mask.tril() before BlockLayout.from_mask"
         )
-
-
-def _reaches_above_diagonal(layout: BlockLayout) -> bool:
-    if "above_diagonal" not in layout.plans:
-        layout.plans["above_diagonal"] = bool(layout.to_mask().triu(1).any())
-    return layout.plans["above_diagonal"]
 
 
 def _check_dropout_key(dropout_key: Tensor | None, q: Tensor) -> Tensor:

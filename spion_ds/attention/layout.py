@@ -26,6 +26,7 @@ class BlockLayout:
         row_idx: (kept,) int32 query block of each kept block, in (head, column, row) order.
         col_order: (heads, num_cols + 1) int32; the columns of each head by kept blocks, most
             first, then how many columns come first as hot: more than twice the mean in some head.
+        above_diagonal: whether a block wholly above the diagonal is kept.
     """
 
     block: int
@@ -36,6 +37,7 @@ class BlockLayout:
     col_ptr: Tensor
     row_idx: Tensor
     col_order: Tensor
+    above_diagonal: bool
     # What a backend derives from the layout once (groupings, launch orders), keyed by its name.
     plans: dict = field(default_factory=dict, repr=False)
 
@@ -70,7 +72,10 @@ class BlockLayout:
         col_ptr, row_idx = _index(kept.transpose(1, 2))
         _, rows, cols = kept.shape
         col_order = _launch_order(kept.sum(dim=1))
-        layout = cls(block, rows, cols, row_ptr, col_idx, col_ptr, row_idx, col_order)
+        above_diagonal = bool(kept.triu(1).any())
+        layout = cls(
+            block, rows, cols, row_ptr, col_idx, col_ptr, row_idx, col_order, above_diagonal
+        )
         return layout.to(mask.device)
 
     @property
@@ -107,6 +112,7 @@ class BlockLayout:
             self.col_ptr.to(device),
             self.row_idx.to(device),
             self.col_order.to(device),
+            self.above_diagonal,
         )
 
     def to_mask(self) -> Tensor:

@@ -56,7 +56,14 @@ def why_no_triton() -> str | None:
 needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TRITON = pytest.param("triton", marks=needs_triton, id="triton")
-BACKENDS = ("torch", TRITON)
+CPP = pytest.param(
+    "cpp",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the device under test is a GPU, and cpp is for CPUs"
+    ),
+    id="cpp",
+)
+BACKENDS = ("torch", TRITON, CPP)
 
 
 @dataclass(frozen=True)

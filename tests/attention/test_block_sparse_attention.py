@@ -17,6 +17,7 @@ from spion_ds.attention import BlockLayout, block_sparse_attention
 from .cases import (
     BACKENDS,
     BLOCKS,
+    CPP,
     DTYPES,
     FEATURES,
     FLOAT64_TOLERANCE,
@@ -68,6 +69,7 @@ PRECISIONS = [
     pytest.param("reference", torch.float64, FLOAT64_TOLERANCE, id="reference"),
     pytest.param("torch", torch.float64, FLOAT64_TOLERANCE, id="torch"),
     pytest.param(*TRITON.values, torch.float32, 1e-5, marks=TRITON.marks, id="triton"),
+    pytest.param(*CPP.values, torch.float32, 1e-5, marks=CPP.marks, id="cpp"),
 ]
 PRUNED = ("zero", "excluded")
 # The interpreter warns of exponentials of masked entries, which the kernels replace afterwards.

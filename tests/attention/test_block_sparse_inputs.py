@@ -189,7 +189,9 @@ def test_what_the_kernels_do_not_take_is_named_and_auto_takes_it(
     with pytest.raises(ConfigError, match=words):
         block_sparse_attention(q, q, q, layout, backend="triton")
     out = block_sparse_attention(q, q, q, layout, backend="auto")
-    assert torch.equal(out, block_sparse_attention(q, q, q, layout, backend="torch"))
+    expected = block_sparse_attention(q, q, q, layout, backend="torch")
+    # On a CPU "auto" may be another backend: one rounding of the output's dtype apart.
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

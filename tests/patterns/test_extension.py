@@ -114,6 +114,9 @@ def test_the_cache_depends_on_sources_and_versions(tmp_path, monkeypatch):
     assert extension._cache_folder([source]) == folder
     source.write_text("int b;")
     assert extension._cache_folder([source]) != folder
+    header = tmp_path / "a.h"
+    header.write_text("int a;")
+    assert extension._cache_folder([source, header]) != extension._cache_folder([source])
     source.write_text("int a;")
     monkeypatch.setattr(extension.torch, "__version__", "0.0.0")
     assert extension._cache_folder([source]) != folder

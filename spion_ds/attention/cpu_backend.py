@@ -1,0 +1,116 @@
+"""Block-sparse attention on CPUs: the C++ operators of ``csrc/``, with autograd and compile.
+
+The forward pass saves the log-sum-exp of each query row, and the backward pass draws the
+probabilities again from it. The same inputs give the same bits with any number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.layout import BlockLayout
+from spion_ds.errors import ConfigError
+from spion_ds.extension import operators_available
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_registering = threading.Lock()
+_registered = False
+
+
+def block_sparse_attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    *,
+    key_padding_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    pruned: str,
+    dropout_p: float,
+    dropout_key: Tensor | None,
+) -> Tensor:
+    """Return (B, H, L, D) in q's dtype; arguments as in ``block_sparse_attention``.
+
+    Scores, probabilities and sums are float32.
+
+    Raises:
+        ConfigError: the operators do not serve this dtype or device, or could not be compiled.
+    """
+    reason = unsupported(q, layout)
+    if reason is not None:
+        raise ConfigError(reason)
+    out, _ = torch.ops.spion_ds.cpu_attention_fwd(
+        *(q, k, v, layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx),
+        *(key_padding_mask, dropout_key if dropout_p > 0.0 else None),
+        *(layout.block, scale, causal, pruned == "zero", dropout_p),
+    )
+    return out
+
+
+def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
+    """Return why there is no kernel for tensors like ``q`` with this layout, None if there is.
+
+    Any block, head_dim and length will do. float64 is the PyTorch backend's.
+    """
+    if q.device.type != "cpu":
+        return f"the cpp backend runs on CPUs; the tensors are on {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"the cpp backend takes float32, bfloat16 and float16; got {q.dtype}"
+    if not _ready():
+        return "the cpp backend's C++ operators are not available (a warning has said why)"
+    return None
+
+
+@torch.compiler.assume_constant_result  # tracing cannot follow locks
+def _ready() -> bool:
+    """Return whether the operators are loaded, with their fake versions and autograd."""
+    global _registered
+    if not operators_available():
+        return False
+    with _registering:
+        if not _registered:
+            torch.library.register_fake("spion_ds::cpu_attention_fwd", _forward_fake)
+            torch.library.register_fake("spion_ds::cpu_attention_bwd", _backward_fake)
+            torch.library.register_autograd(
+                "spion_ds::cpu_attention_fwd", _backward, setup_context=_save
+            )
+            torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
+            _registered = True
+    return True
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:9])
+    ctx.settings = inputs[9:]
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.spion_ds.cpu_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *(None,) * 11)
+
+
+def _second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("block-sparse attention has no second derivative")
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_like(q), _empty_like(k), _empty_like(v)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    # The kernels copy tensors whose head_dim is not their innermost dimension.
+    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())

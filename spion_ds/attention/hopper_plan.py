@@ -1,0 +1,262 @@
+"""Work lists of the Hopper kernels, derived from a block layout once.
+
+A kernel's consumer warpgroup owns 64 tokens, and a workgroup's few owners share one stream of
+partner blocks (csrc/hopper/stream.cuh). Everything here is in blocks of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.layout import BlockLayout
+
+TOKENS = 64
+_MASK_BITS = 3
+# A block longer than this many times the median, and than its share of a quarter of a warpgroup's
+# work, is cut.
+_LONG = 1.5
+_SHARE = 4
+_SHORTEST_PART = 16
+
+
+# An item costs its longest owner's tiles and about this many more for its start and end.
+_ITEM_TILES = 2
+# Up to this many items the balance is computed one by one, beyond by turns.
+_FEW_ITEMS = 20_000
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """What the workgroups of one kernel do; int32 tensors on the layout's device.
+
+    Attributes:
+        items: (items, 12), workgroup by workgroup: first entry, entries, copy, 3 owners (-1: none),
+            3 workspace slots (-1: none), 3 unused. A copy is a (batch, head) of a shared layout, or
+            a batch where each head has its layout.
+        entries: (entries,): partner * 8 + a bit for each owner that keeps the pair.
+        starts: (workgroups + 1,): workgroup i takes the items starts[i] : starts[i + 1].
+        splits: (cut owners, 3): owner, first slot, slots.
+        slots: slots of the workspace that a copy needs.
+    """
+
+    items: Tensor
+    entries: Tensor
+    starts: Tensor
+    splits: Tensor
+    slots: int
+
+    def to(self, device: torch.device) -> WorkList:
+        """Return the lists on ``device`` as the kernels read them."""
+        items, entries, starts, splits = (
+            x.to(torch.int32).contiguous().to(device)
+            for x in (self.items, self.entries, self.starts, self.splits)
+        )
+        return WorkList(items, entries, starts, splits, self.slots)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def owners(head_dim: int) -> int:
+    """Return the consumer warpgroups of a workgroup: 2 where accumulators are wide."""
+    return 3 if head_dim == 64 else 2
+
+
+def row_list(
+    layout: BlockLayout, batch: int, heads: int, queries: int, keys: int, head_dim: int
+) -> WorkList:
+    """Return the work of the forward and dQ kernels: query blocks own, key blocks are partners.
+
+    Owners are numbered head * query blocks + block, head 0 for a shared layout.
+    """
+    rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
+    name = ("hopper", "rows", owners(head_dim), batch, heads, rows, columns)
+    if name not in layout.plans:
+        head, row, column = _kept_blocks(layout, rows, columns)
+        layout.plans[name] = _work_list(
+            head * rows + row,
+            column,
+            owner_heads=layout.heads,
+            owner_blocks=rows,
+            partner_blocks=columns,
+            copies=batch * (1 if layout.heads > 1 else heads),
+            workgroups=_multiprocessors(layout.device),
+            owners_an_item=owners(head_dim),
+            longest=None,
+        ).to(layout.device)
+    return layout.plans[name]
+
+
+def column_list(
+    layout: BlockLayout,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+) -> WorkList:
+    """Return the work of the dK, dV kernel: key blocks own, query blocks are partners.
+
+    Owners are numbered kv_head * key blocks + block, kv_head 0 for a shared layout; partners
+    member * query blocks + block, the member being the query head within the kv head's group.
+    """
+    rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
+    name = ("hopper", "columns", owners(head_dim), batch, heads, kv_heads, rows, columns)
+    if name not in layout.plans:
+        head, row, column = _kept_blocks(layout, rows, columns)
+        group = heads // kv_heads
+        if layout.heads > 1:
+            owner, partner = head // group * columns + column, head % group * rows + row
+        else:
+            owner = column.repeat(group)
+            partner = (torch.arange(group)[:, None] * rows + row).flatten()
+        copies = batch * (1 if layout.heads > 1 else kv_heads)
+        workgroups = _multiprocessors(layout.device)
+        length = torch.bincount(owner, minlength=1)
+        typical = length[length > 0].median().item() if owner.numel() else 0
+        share = owner.numel() * copies / (workgroups * owners(head_dim))
+        layout.plans[name] = _work_list(
+            owner,
+            partner,
+            owner_heads=kv_heads if layout.heads > 1 else 1,
+            owner_blocks=columns,
+            partner_blocks=rows * group,
+            copies=copies,
+            workgroups=workgroups,
+            owners_an_item=owners(head_dim),
+            longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
+        ).to(layout.device)
+    return layout.plans[name]
+
+
+def _kept_blocks(layout: BlockLayout, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (head, row, column) of the kept blocks of 64 tokens, int64 on the CPU."""
+    counts = layout.row_ptr.cpu().long().diff(dim=1).flatten()
+    line = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+    head, row = line // layout.num_rows, line % layout.num_rows
+    column = layout.col_idx.cpu().long()
+    parts = layout.block // TOKENS
+    i, j = torch.arange(parts)[:, None], torch.arange(parts)[None, :]
+    row = (row[:, None, None] * parts + i).expand(-1, parts, parts).flatten()
+    column = (column[:, None, None] * parts + j).expand(-1, parts, parts).flatten()
+    head = head.repeat_interleave(parts * parts)
+    # The last block of 128 tokens may have no second half.
+    exists = (row < rows) & (column < columns)
+    return head[exists], row[exists], column[exists]
+
+
+def _work_list(
+    owner: Tensor,
+    partner: Tensor,
+    *,
+    owner_heads: int,
+    owner_blocks: int,
+    partner_blocks: int,
+    copies: int,
+    workgroups: int,
+    owners_an_item: int,
+    longest: int | None,
+) -> WorkList:
+    """Group owners of like length into items, order their partners, deal items to workgroups."""
+    total = owner_heads * owner_blocks
+    order = (owner * partner_blocks + partner).argsort()
+    owner, partner = owner[order], partner[order]
+    length = torch.bincount(owner, minlength=total)
+
+    # Cut long owners into even parts; from here on a part is what a warpgroup owns.
+    parts = torch.ones(total, dtype=torch.int64)
+    if longest is not None:
+        parts = (-(-length // longest)).clamp(min=1)
+    part_owner = torch.repeat_interleave(torch.arange(total), parts)
+    first_part = parts.cumsum(0) - parts
+    part_number = torch.arange(part_owner.numel()) - first_part[part_owner]
+    rank = torch.arange(owner.numel()) - (length.cumsum(0) - length)[owner]
+    part = first_part[owner] + rank * parts[owner] // length[owner].clamp(min=1)
+    part_length = torch.bincount(part, minlength=part_owner.numel())
+    cut = parts[part_owner] > 1
+    slot = torch.where(cut, cut.long().cumsum(0) - 1, -1)
+
+    # Items of one head: like lengths together (they finish together), then neighbours (they share
+    # a band), and the same part of several hot blocks (they share nearly all partners).
+    quantum = max(1.0, part_length.double().mean().item() / 8)
+    level = (part_length / quantum).round().long()
+    part_head = part_owner // owner_blocks
+    order = _lexicographic(part_head, -level, part_number)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel())
+    parts_a_head = torch.bincount(part_head, minlength=owner_heads)
+    items_a_head = -(-parts_a_head // owners_an_item)
+    within = position - (parts_a_head.cumsum(0) - parts_a_head)[part_head]
+    item = (items_a_head.cumsum(0) - items_a_head)[part_head] + within // owners_an_item
+    place = within % owners_an_item
+    item_count = int(items_a_head.sum())
+
+    # One entry a partner of an item, with a bit for each owner that keeps it.
+    pair, index = torch.unique(item[part] * partner_blocks + partner, return_inverse=True)
+    bits = torch.zeros(pair.numel(), dtype=torch.int64).index_add_(0, index, 1 << place[part])
+    entry_item, entry_partner = pair // partner_blocks, pair % partner_blocks
+    # Mix the combinations of owners evenly over the stream, so that the owners keep pace.
+    kind = entry_item * (1 << _MASK_BITS) + bits
+    size = torch.bincount(kind, minlength=1)
+    by_kind = kind.argsort(stable=True)
+    number = torch.empty_like(by_kind)
+    number[by_kind] = torch.arange(kind.numel())
+    number -= (size.cumsum(0) - size)[kind]
+    progress = (number + 0.5) / size[kind]
+    entry_order = (entry_item + progress).argsort(stable=True)
+    entries = (entry_partner * (1 << _MASK_BITS) + bits)[entry_order]
+
+    count = torch.bincount(entry_item, minlength=item_count)
+    items = torch.full((item_count, 12), -1, dtype=torch.int64)
+    items[:, 0], items[:, 1] = count.cumsum(0) - count, count
+    items[item, 3 + place] = part_owner
+    items[item, 6 + place] = slot
+    most = torch.zeros(item_count, dtype=torch.int64)
+    most.scatter_reduce_(0, item, part_length, "amax")
+    worker = _deal((most + _ITEM_TILES).repeat(copies), workgroups)
+    items = items.repeat(copies, 1)
+    items[:, 2] = torch.arange(copies).repeat_interleave(item_count)
+    # A workgroup goes through the copies in order: few of them are in the L2 cache at a time.
+    items = items[worker.argsort(stable=True)]
+    starts = torch.zeros(min(workgroups, items.shape[0]) + 1, dtype=torch.int64)
+    starts[1:] = torch.bincount(worker, minlength=starts.numel() - 1).cumsum(0)
+
+    cut_owner = (parts > 1).nonzero().flatten()
+    splits = torch.stack([cut_owner, slot[first_part[cut_owner]], parts[cut_owner]], dim=1)
+    return WorkList(items, entries, starts, splits, int(cut.sum()))
+
+
+def _deal(cost: Tensor, workgroups: int) -> Tensor:
+    """Return the workgroup of each item, so that sums of costs are nearly even."""
+    order = cost.argsort(descending=True, stable=True)
+    worker = torch.empty_like(order)
+    if cost.numel() > _FEW_ITEMS:
+        turn = torch.arange(cost.numel())
+        lane, back = turn % workgroups, turn // workgroups % 2 == 1
+        worker[order] = torch.where(back, workgroups - 1 - lane, lane)
+        return worker
+    loads = [(0, number) for number in range(min(workgroups, cost.numel()))]
+    chosen, costs = [], cost.tolist()
+    for item in order.tolist():
+        load, number = loads[0]
+        chosen.append(number)
+        heapq.heapreplace(loads, (load + costs[item], number))
+    worker[order] = torch.tensor(chosen, dtype=torch.int64)
+    return worker
+
+
+def _lexicographic(*keys: Tensor) -> Tensor:
+    """Return the order that sorts by the first key, then the second, and so on."""
+    order = torch.arange(keys[0].numel())
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    return order

@@ -1,0 +1,67 @@
+"""The Hopper kernels against the reference, and what they say where they cannot serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.errors import ConfigError
+
+from .cases import ON_GPU, Case, assert_is_the_reference, evaluate, make
+
+_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not _IS_HOPPER, reason="no CUDA device of capability 9.0")
+
+CASES = [
+    Case(block=block, head_dim=head_dim, dtype=dtype, **features)
+    for block in (64, 128)
+    for head_dim in (64, 128)
+    for dtype in (torch.bfloat16, torch.float16)
+    for features in (
+        {"lengths": "odd", "kept": "hot_columns"},
+        {"lengths": "odd", "kept": "empty_rows", "padding": "holes", "pruned": "excluded"},
+        {"kept": "hot_columns", "per_head": True, "grouped": True, "padding": "tail"},
+    )
+]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_reference(case, device):
+    assert_is_the_reference(case, "hopper", ON_GPU, device)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.usefixtures("poisoned")
+def test_writes_every_element_the_same_way_twice(device):
+    case = Case(block=64, head_dim=64, dtype=torch.bfloat16, lengths="odd", kept="empty_rows")
+    inputs = make(case, ON_GPU, device)
+    first, second = evaluate(inputs, "hopper"), evaluate(inputs, "hopper")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        assert not a.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float32}, "bf16 and fp16"),
+        ({"head_dim": 32}, "head_dim 64 and 128"),
+        ({"block": 32}, "blocks of"),
+        ({"causal": True}, "no causal masking"),
+        ({"dropout_p": 0.1}, "no dropout"),
+        ({"scale": -1.0}, "scale above 0"),
+        ({}, "capability 9.0"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_take_is_named(change, words):
+    values = {"dtype": torch.bfloat16, "head_dim": 64, "block": 64, **change}
+    options = {name: x for name, x in values.items() if name in ("causal", "dropout_p", "scale")}
+    q = torch.randn(1, 1, 64, values["head_dim"], dtype=values["dtype"])
+    layout = BlockLayout.from_mask(torch.eye(-(-64 // values["block"])), values["block"])
+    with pytest.raises(ConfigError, match=words):
+        block_sparse_attention(q, q, q, layout, backend="hopper", **options)

@@ -1,0 +1,125 @@
+"""Compiled and graph-replayed steps give what plain steps give, and say where they cannot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spion_ds.attention.dropout import sample_keys
+from spion_ds.errors import ConfigError
+from spion_ds.models import EncoderClassifier, ModelConfig
+from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.training.acceleration import AcceleratedForward
+from spion_ds.training.config import build_run_config, read_recipe
+from spion_ds.training.evaluation import set_masks
+from tests.training.launching import TINY
+
+LENGTH = 64
+
+
+def tiny_model(device: torch.device) -> EncoderClassifier:
+    torch.manual_seed(0)
+    config = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
+    return EncoderClassifier(config, SparseAttentionConfig(block=16), 17, 10, LENGTH).to(device)
+
+
+def batches(model: EncoderClassifier, device: torch.device) -> list[tuple]:
+    """Six micro-batches: ids, padding mask, dropout keys, labels."""
+    made = []
+    for step in range(6):
+        ids = torch.randint(1, 17, (4, LENGTH), device=device)
+        lengths = torch.randint(20, LENGTH + 1, (4, 1), device=device)
+        keys = sample_keys(0, step, torch.arange(4), model.dropout_places).to(device)
+        labels = torch.randint(10, (4,), device=device)
+        made.append((ids, torch.arange(LENGTH, device=device) < lengths, keys, labels))
+    return made
+
+
+def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForward) -> list[float]:
+    """Take three dense and three sparse steps; return the losses."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for number, (*inputs, labels) in enumerate(data):
+        if number == 3:
+            mask = torch.eye(4, dtype=torch.bool)
+            mask[:, 1] = True
+            set_masks(model, [mask, mask])
+        for attention in model.attentions:
+            attention.layout(LENGTH, inputs[0].device)
+        with forward.step(number >= 3, tuple(inputs)):
+            loss = F.cross_entropy(model(*inputs), labels)
+        # Gradients stay between steps: a replay must not write into what a parameter keeps.
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def losses_with(device: torch.device, **options: Any) -> list[float]:
+    model = tiny_model(device)
+    keys = set(model.state_dict())
+    torch.manual_seed(1)
+    data = batches(model, device)
+    losses = train(model, data, AcceleratedForward(model, **options))
+    assert set(model.state_dict()) == keys
+    assert "forward" not in vars(model)  # check steps and evaluation use the model's own
+    return losses
+
+
+def test_compiled_steps_have_the_losses_of_plain_steps() -> None:
+    device = torch.device("cpu")
+    plain = losses_with(device, compile=False, cuda_graph=False)
+    compiled = losses_with(device, compile=True, cuda_graph=False, backend="aot_eager")
+    # The same operators, decomposed: float32 rounding, amplified by six optimizer steps.
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_replayed_steps_have_the_losses_of_plain_steps(compile: bool) -> None:
+    device = torch.device("cuda")
+    plain = losses_with(device, compile=False, cuda_graph=False)
+    replayed = losses_with(device, compile=compile, cuda_graph=True)
+    # Without compiling, the same kernels in the same order; fused ones round differently.
+    assert replayed == (pytest.approx(plain, rel=1e-3) if compile else plain)
+
+
+def test_evaluation_is_not_accelerated() -> None:
+    model = tiny_model(torch.device("cpu"))
+    accelerated = AcceleratedForward(model, compile=True, cuda_graph=False, backend="aot_eager")
+    *inputs, _ = batches(model, torch.device("cpu"))[0]
+    before = copy.deepcopy(model).eval()(*inputs)
+    with accelerated.step(False, tuple(inputs)):
+        model(*inputs)
+    assert torch.equal(model.eval()(*inputs), before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "device_type", "expected"),
+    [
+        (["training.cuda_graph=true"], 0, "cpu", "training.cuda_graph is true on a CPU"),
+        (["training.cuda_graph=true"], 3, "cuda", "training.cuda_graph is true at ZeRO stage 3"),
+        (["training.compile=true"], 3, "cuda", "training.compile is true at ZeRO stage 3"),
+        (
+            ["training.cuda_graph=true", "training.micro_batch_size=4"],
+            0,
+            "cuda",
+            "with 2 accumulation steps",
+        ),
+    ],
+)
+def test_what_cannot_be_accelerated_is_refused(
+    overrides: list[str], stage: int, device_type: str, expected: str
+) -> None:
+    deepspeed = {"zero_optimization": {"stage": stage}}
+    with pytest.raises(ConfigError, match=expected):
+        build_run_config(
+            read_recipe(str(TINY)), deepspeed, overrides, world_size=1, device_type=device_type
+        )
