@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -242,6 +244,14 @@ def test_a_state_dict_of_another_layout_is_followed(device):
     second.load_state_dict(first.state_dict())
     assert list(first.state_dict()) == ["master_layout"]  # as in old checkpoints
     assert torch.equal(first(*tensors), second(*tensors))
+
+
+def test_a_module_can_be_copied_and_pickled(device):
+    attention = SparseSelfAttention(BigBirdSparsityConfig(HEADS)).to(device)
+    tensors = draw(device)
+    out = attention(*tensors)
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        assert torch.equal(other(*tensors), out)
 
 
 def test_random_layouts_of_a_users_class_are_the_same_on_every_rank():

@@ -95,6 +95,28 @@ def test_later_sources_win() -> None:
     assert build("listops", block, ("sparse_attention.block=128",)).sparse_attention.block == 128
 
 
+def test_a_mode_of_the_json_or_the_command_line_leaves_the_recipes_pattern_behind() -> None:
+    block = {"sparse_attention": {"mode": "bigbird", "num_random_blocks": 2}}
+    config = build("listops", block)
+    kept = {"mode": "bigbird", "block": 64, "different_layout_per_head": False}
+    keys = {"num_sliding_window_blocks": 3, "num_global_blocks": 1, "attention": "bidirectional"}
+    assert config.sparse_attention.to_mapping() == {**kept, "num_random_blocks": 2, **keys}
+    assert config.is_sparse
+    assert not config.switches
+    assert not config.schedule.restart_at_switch
+    words = ["sparse_attention.num_random_blocks=2", "sparse_attention.mode=bigbird"]
+    for overrides in (words, words[::-1]):
+        assert build("listops", {}, tuple(overrides)) == config
+    again = build_run_config(config.to_mapping(), None, (), world_size=1, device_type="cpu")
+    assert again == config
+    with pytest.raises(ConfigError, match=r"sparse_attention\.alpha.*belongs to spion"):
+        build("listops", block, ("sparse_attention.alpha=0.9",))
+    fixed = build("listops", {}, ("sparse_attention.mode=fixed",)).to_mapping()
+    json_block = {"sparse_attention": {"num_local_blocks": 2}}  # names no mode: the recipe's
+    config = build_run_config(fixed, json_block, (), world_size=1, device_type="cpu")
+    assert config.sparse_attention.num_local_blocks == 2
+
+
 def test_deepspeed_never_sees_the_sparse_attention_block() -> None:
     given = {"sparse_attention": {"block": 32}}
     config = build("listops", given)

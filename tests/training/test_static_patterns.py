@@ -30,7 +30,7 @@ def overrides(mode: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every mode on two ranks under ZeRO-2; bigbird also stopped and resumed, and on one rank."""
+    """Every mode on two ranks under ZeRO-2; bigbird also stopped and resumed."""
     folder = tmp_path_factory.mktemp("static")
     sessions = [
         {"run_name": mode, "stage": 2, "overrides": [*overrides(mode), "training.steps=6"]}
@@ -40,7 +40,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = folder / "runs"
     sessions += [stopped, {"resume": str(runs / "stopped"), "overrides": ["training.steps=6"]}]
     drive("torchrun", 2, sessions, folder)
-    drive("python", 1, [{**sessions[2], "run_name": "alone", "stage": 0}], folder)
     return folder
 
 
@@ -68,11 +67,9 @@ def test_layers_draw_random_blocks_of_their_own(trained: Path) -> None:
     assert not state.masks[0].equal(state.masks[1])
 
 
-def test_the_run_does_not_depend_on_ranks_or_interruption(trained: Path) -> None:
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trained: Path) -> None:
     whole = losses(trained / "runs" / "bigbird")
     assert losses(trained / "runs" / "stopped") == whole
-    # Sums over ranks are rounded in another order: about 1e-7 a step, amplified by training.
-    assert losses(trained / "runs" / "alone") == pytest.approx(whole, rel=1e-4)
 
 
 def test_evaluate_says_what_training_said(trained: Path) -> None:

@@ -75,7 +75,6 @@ class SparseSelfAttention(nn.Module):
         self.register_buffer("master_layout", master_layout)
         self._made: dict[tuple, Any] = {}
         self._pattern: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module._made.clear())
 
     def get_layout(self, L: int) -> Tensor:
         """Return the int64 layout (num_heads, n, n) for ``L`` tokens, n = ceil(L / block)."""
@@ -191,6 +190,13 @@ class SparseSelfAttention(nn.Module):
                 attn_mask=attn_mask,
             )
             return multiply_blocks(probs, v, index)[:, :, :length]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._made.clear()  # they were made of another master_layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
 
     @staticmethod
     def _excluding(mask: Tensor, mode: str) -> Tensor:
