@@ -63,6 +63,12 @@ def zero_stage(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def with_universal_checkpoint(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a resolved configuration that loads a universal checkpoint."""
+    checkpoint = {**config.get("checkpoint", {}), "load_universal": True}
+    return {**config, "checkpoint": checkpoint}
+
+
 def _check_supported(config: dict[str, Any]) -> None:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero

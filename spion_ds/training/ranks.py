@@ -174,6 +174,12 @@ class Agreement:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
         return bool(box.item())
 
+    def differing(self, value: object) -> list[int]:
+        """Return the ranks whose ``value`` is not rank 0's."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return [rank for rank, other in enumerate(values) if other != values[0]]
+
     def broadcast(self, payload: torch.Tensor) -> torch.Tensor:
         """Broadcast a CPU tensor from rank 0, in place, and return it."""
         dist.broadcast(payload, src=0, group=self.group)
