@@ -33,6 +33,7 @@ def write_manifest(folder: Path, step: int, best_step: int | None) -> None:
         for path, digest in zip(paths, digests, strict=True)
     }
     manifest = {"format": FORMAT, "step": step, "best_step": best_step, "files": files}
+    manifest["sha256"] = _digest(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.rglob("*"), folder]:
         _flush(path)
@@ -195,16 +196,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        whole = manifest["format"] == FORMAT and "best_step" in manifest
-        for entry in manifest["files"].values():
-            whole = whole and {"bytes", "sha256"} <= set(entry)
+        stated, found = manifest.pop("sha256"), _digest(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
-    if not whole:
-        raise CheckpointError(f"{path} is not a checkpoint manifest of format {FORMAT}")
+    if stated != found:
+        raise CheckpointError(f"{path} is damaged: it does not have its own sha256")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest['format']!r}, not {FORMAT}")
     return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

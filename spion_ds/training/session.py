@@ -29,6 +29,7 @@ from spion_ds.training.evaluation import Evaluation, evaluate, load_model
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
 from spion_ds.training.resuming import Resume, plan_resume
 from spion_ds.training.run_log import seconds_per_step
+from spion_ds.training.stopping import Stopped, StopRequest
 from spion_ds.training.summary import summary_table
 from spion_ds.training.trainer import Trainer
 from spion_ds.training.watch import LOST_RANK_EXIT, LostRankError, Watch, speaks
@@ -85,10 +86,6 @@ class EvaluateOptions:
     data_dir: Path = Path("data")
 
 
-class Stopped(Exception):
-    """A signal ended the run; its checkpoint is saved."""
-
-
 def run_command(command: Callable[[], object]) -> int:
     """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
 
@@ -125,7 +122,8 @@ def train(options: TrainOptions) -> None:
 
     join(ranks)
     agreement = Agreement()
-    with Watch(ranks, agreement, config.training.rank_timeout_seconds) as watch:
+    timeout = config.training.rank_timeout_seconds
+    with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config, options.data_dir, ranks, agreement)
         if ranks.is_first and config.is_sparse:
@@ -133,7 +131,7 @@ def train(options: TrainOptions) -> None:
         folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
         if ranks.is_first:
             _introduce(config, folder, ranks, resume)
-        trainer = Trainer(config, dataset, ranks, agreement, watch, folder, resume)
+        trainer = Trainer(config, dataset, ranks, agreement, watch, request, folder, resume)
         try:
             finished = trainer.train(options.stop_at)
             if finished:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
 from spion_ds.training.step_guard import StepGuard, StepReport
+from spion_ds.training.stopping import StopRequest
 from spion_ds.training.watch import Watch
 
 # Skipping more steps than this without one that counts is no training.
@@ -59,6 +59,7 @@ class Trainer:
         ranks: this process among all.
         agreement: the control channel between ranks.
         watch: told about every step.
+        request: the wish to stop, on this rank.
         folder: the run's folder.
         resume: checkpoint to go on from, None for a new run.
     """
@@ -70,11 +71,12 @@ class Trainer:
         ranks: Ranks,
         agreement: Agreement,
         watch: Watch,
+        request: StopRequest,
         folder: Path,
         resume: Resume | None,
     ) -> None:
         self.config, self.dataset, self.ranks, self.agreement = config, dataset, ranks, agreement
-        self.watch = watch
+        self.watch, self.request = watch, request
         self.checkpoints = folder / "checkpoints"
         self.device = ranks.device
         self.model = build_model(config)
@@ -126,7 +128,6 @@ class Trainer:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
-        self._signalled = False  # on this rank
         self._stopping = False  # agreed by all ranks
 
     @property
@@ -138,26 +139,24 @@ class Trainer:
         """Train to the last step, or to ``stop_at`` or a signal; return whether it is finished."""
         training, state = self.config.training, self.state
         last = training.steps if stop_at is None else min(stop_at, training.steps)
-        with self._signals_noted():
-            self.engine.train()
-            while state.step < last and not self._stopping:
-                phase = self._step()
-                self.watch.tick(state.step)
-                ends = state.step == last
-                evaluates = (
-                    state.step % training.evaluate_every == 0 or state.step == training.steps
-                )
-                switched = phase != state.phase
-                logs = state.step % training.log_every == 0
-                if logs or evaluates or switched or ends or self._stopping:
-                    self._obey(self.guard.reports())
-                    self._log_row(phase)
-                best = evaluates and self._evaluate()
-                due = state.step % training.checkpoint_every == 0
-                if best or due or ends or self._stopping:
-                    self._save(best)
-            if self._stopping:
-                self.log.say(f"step {state.step}: asked to stop; a checkpoint is saved")
+        self.request.patient = True
+        self.engine.train()
+        while state.step < last and not self._stopping:
+            phase = self._step()
+            self.watch.tick(state.step)
+            ends = state.step == last
+            evaluates = state.step % training.evaluate_every == 0 or state.step == training.steps
+            switched = phase != state.phase
+            logs = state.step % training.log_every == 0
+            if logs or evaluates or switched or ends or self._stopping:
+                self._obey(self.guard.reports())
+                self._log_row(phase)
+            best = evaluates and self._evaluate()
+            due = state.step % training.checkpoint_every == 0
+            if best or due or ends or self._stopping:
+                self._save(best)
+        if self._stopping:
+            self.log.say(f"step {state.step}: asked to stop; a checkpoint is saved")
         return state.step == training.steps
 
     def _step(self) -> str:
@@ -195,7 +194,7 @@ class Trainer:
             self.guard.add_loss(loss)
             _count(counted, loss.detach(), logits.detach(), batch.labels)
             if micro_step == config.batches.accumulation - 1:
-                self._skipping = self._obey(self.guard.close(number, self._signalled))
+                self._skipping = self._obey(self.guard.close(number, self.request.asked))
             self.engine.step()
         state.step = number
         state.samples_seen += config.batches.total
@@ -372,21 +371,6 @@ class Trainer:
             best = checkpoint_name(self.state.best_step)
             if (self.checkpoints / best).is_dir():
                 write_pointer(self.checkpoints, "best", best)
-
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """Let SIGTERM, SIGUSR1 and Ctrl-C end the run after a step, with a checkpoint."""
-
-        def note(*_: Any) -> None:
-            self._signalled = True
-
-        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        before = {number: signal.signal(number, note) for number in wanted}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _count(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
