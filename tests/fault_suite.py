@@ -131,8 +131,10 @@ def problems(run: Path, undisturbed: Path, case: dict[str, Any], seen: dict[str,
             found.append(f"exit codes {seen['codes']}")
         if f"rank {case['rank']} " not in seen["error"]:
             found.append(f"said {seen['error']!r}")
-    if losses(run) != losses(undisturbed):
-        found.append("other losses")
+    ours, theirs = losses(run), losses(undisturbed)
+    if ours != theirs:
+        steps = [step for step in theirs if ours.get(step) != theirs[step]]
+        found.append(f"other losses in steps {steps}: {ours} and {theirs}")
     if digest(run) != digest(undisturbed):
         found.append("other masks")
     if rows(run, "validation") != rows(undisturbed, "validation"):
@@ -165,9 +167,12 @@ def main() -> int:
         failures: dict[str, list[str]] = {}
         for ranks in sorted({case["ranks"] for case in cases}):
             ours = [case for case in cases if case["ranks"] == ranks]
-            stages = sorted({case["stage"] for case in ours})
+            stages = {case["stage"] for case in ours}
             sessions = [values_of(f"whole{ranks}-{stage}", stage) for stage in stages]
             sessions += [values_of(case["name"], case["stage"]) for case in ours]
+            # ZeRO-3 comes last: DeepSpeed replaces F.linear for the rest of the process, by one
+            # that rounds differently.
+            sessions.sort(key=lambda values: values["stage"])
             ends = run_sessions(folder, f"resume{ranks}", ranks, sessions)
             ended = dict(zip([values["run_name"] for values in sessions], ends, strict=True))
             for case in ours:
@@ -183,8 +188,9 @@ def main() -> int:
     killed = [result for result in seen.values() if result["killed"]]
     moments = Counter(case["moment"] for case in cases if seen[case["name"]]["killed"])
     print(f"{len(cases)} cases, {len(killed)} ranks killed: {dict(moments)}")
-    print(f"steps taken again: {sum(r['lost'] for r in killed)}; "
-          f"the others ended within {max((r['seconds'] for r in killed), default=0):.1f} s")  # fmt: skip
+    slowest = max((result["seconds"] for result in killed), default=0.0)
+    print(f"steps taken again: {sum(result['lost'] for result in killed)}")
+    print(f"the others ended within {slowest:.1f} s")
     print(f"{len(cases) - len(bad)} as promised, {len(bad)} not")
     return 1 if bad else 0
 

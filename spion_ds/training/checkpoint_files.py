@@ -32,7 +32,12 @@ def write_manifest(folder: Path, step: int, best_step: int | None) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
     }
-    manifest = {"format": FORMAT, "step": step, "best_step": best_step, "files": files}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "best_step": best_step,
+        "files": files,
+    }
     manifest["sha256"] = _digest(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.rglob("*"), folder]:

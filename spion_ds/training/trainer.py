@@ -346,10 +346,14 @@ class Trainer:
         place = save_checkpoint(
             self.engine, self.checkpoints, self.state, self.config, self.ranks, self.agreement
         )
-        if self.ranks.is_first:
+
+        def point_and_prune() -> None:
             if best:
                 write_pointer(self.checkpoints, "best", place.name)
             prune_checkpoints(self.checkpoints, self.config.training.keep_checkpoints)
+
+        # The others must not look for the best before it is named.
+        self.agreement.from_first(point_and_prune)
         self.watch.tick(self.state.step)
 
     def _resume(self, resume: Resume) -> None:
