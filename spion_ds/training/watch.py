@@ -99,7 +99,8 @@ class Watch:
                 verdict = "rank 0, which keeps the signs of life, is gone or does not answer"
             if verdict is not None and not self._left.wait(_GRACE_SECONDS):
                 if speaks(self.ranks, verdict):
-                    print(f"error: {verdict}; {ADVICE}", file=sys.stderr, flush=True)
+                    # Below the progress bar, which nobody can close any more.
+                    print(f"\nerror: {verdict}; {ADVICE}", file=sys.stderr, flush=True)
                 os._exit(LOST_RANK_EXIT)
 
     def _beat(self, number: int) -> None:

@@ -132,6 +132,16 @@ def test_batch_that_does_not_divide_over_the_ranks(
         ({"sparse_attention": [1]}, ["sparse_attention", "mapping"]),
         ({"sparse_atention": {"block": 16}}, ["sparse_atention", "sparse_attention"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "4", "0, 1, 2 or 3"]),
+        ({"zero_optimization": 2}, ["zero_optimization is 2", "mapping"]),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer", "stage 0", "stage 1 or 2 or 3"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["offload_param", "stage 2", "allowed: stage 3"],
+        ),
+        ({"activation_checkpointing": {}}, ["model.activation_checkpointing=true"]),
         ({"scheduler": {"type": "OneCycle"}}, ["scheduler", "recipe"]),
         ({"train_batch_size": 16}, ["train_batch_size is 16", "training.batch_size is 8"]),
         ({"train_micro_batch_size_per_gpu": 3}, ["batch of 8 does not divide"]),
