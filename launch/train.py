@@ -32,7 +32,8 @@ def main() -> int:
         nargs="?",
         const="",
         metavar="RUN",
-        help="go on from a run's latest checkpoint, or from one named; default: run_dir/run_name",
+        help="go on from a run's latest checkpoint, or from one named; default: run_dir/run_name; "
+        "auto: go on if there is one, else start",
     )
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and stop after this step")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it

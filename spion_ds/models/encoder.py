@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import SparseSelfAttention
 from spion_ds.attention.dropout import dropout
@@ -36,6 +37,8 @@ class ModelConfig:
         attention_dropout: probability, on the attention probabilities.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
             published code does.
+        activation_checkpointing: whether training keeps only the layers' inputs and computes the
+            rest again in the backward pass: less memory, a third more time. Results stay.
     """
 
     dim: int = 64
@@ -47,6 +50,7 @@ class ModelConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     pooling: str = "masked_mean"
+    activation_checkpointing: bool = False
 
     def validate(self) -> None:
         """Raise ConfigError unless every value is in range."""
@@ -157,7 +161,12 @@ class EncoderClassifier(nn.Module):
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
         for index, layer in enumerate(self.layers):
             first = 1 + _PLACES_A_LAYER * index
-            x = layer(x, padding_mask, None if keys is None else keys[first : first + 4])
+            inputs = (x, padding_mask, None if keys is None else keys[first : first + 4])
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                # Dropout is counter-based: there is no random state to restore.
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         return self.classifier(self._pool(self.norm(x), padding_mask))
 
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:

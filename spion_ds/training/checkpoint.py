@@ -3,6 +3,7 @@
     checkpoints/latest                       name of the newest one
     checkpoints/best                         name of the one with the best validation accuracy
     checkpoints/step-000500/                 written under a temporary name, then renamed
+        manifest.json                        sizes and checksums of the files
         state.pt                             TrainingState
         weights.pt                           the model's state dict on the CPU
         …                                    DeepSpeed's files: parameters, optimizer state, ranks
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import CheckpointError
+from spion_ds.training.checkpoint_files import checkpoint_name, publish, write_manifest
 from spion_ds.training.config import RunConfig
 from spion_ds.training.deepspeed_config import zero_stage
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
@@ -32,7 +35,7 @@ from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 FORMAT = 1
 _INCOMPLETE = ".incomplete"
 # What a resumed run must share with the run that saved: the rest may be overridden.
-_IDENTITY = ("task", "data", "model", "sparse_attention")
+IDENTITY = ("task", "data", "model", "sparse_attention")
 
 
 @dataclass
@@ -67,7 +70,8 @@ class TrainingState:
 def identity(config: RunConfig) -> dict[str, Any]:
     """Return what a checkpoint must share with the run that loads it."""
     plain = config.to_mapping()
-    return {key: plain[key] for key in _IDENTITY}
+    del plain["model"]["activation_checkpointing"]  # changes no result
+    return {key: plain[key] for key in IDENTITY}
 
 
 def save_checkpoint(
@@ -82,70 +86,35 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder, ``root / "step-<step>"``.
-    """
-    name = f"step-{state.step:06d}"
-    incomplete = root / _INCOMPLETE
-    if ranks.is_first:
-        incomplete.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(incomplete / name, ignore_errors=True)
-    agreement.barrier()
-    engine.save_checkpoint(str(incomplete), tag=name, save_latest=False)
-    weights = gather_weights(engine, config)
-    if ranks.is_first:
-        torch.save(weights, incomplete / name / "weights.pt")
-        torch.save(_pack(state, config, ranks), incomplete / name / "state.pt")
-    agreement.barrier()
-    if ranks.is_first:
-        _sync_tree(incomplete / name)
-        if (root / name).exists():
-            os.rename(root / name, incomplete / f"{name}.replaced")
-        os.rename(incomplete / name, root / name)
-        for extra in incomplete.glob("*.py"):  # DeepSpeed's recovery script belongs beside them
-            os.replace(extra, root / extra.name)
-        shutil.rmtree(incomplete)
-        write_pointer(root, "latest", name)
-    agreement.barrier()
-    return root / name
-
-
-def write_pointer(root: Path, pointer: str, name: str) -> None:
-    """Make ``root/pointer`` ("latest" or "best") name a checkpoint, atomically."""
-    temporary = root / f".{pointer}"
-    temporary.write_text(name)
-    os.replace(temporary, root / pointer)
-
-
-def prune_checkpoints(root: Path, keep: int) -> None:
-    """Remove the run's own checkpoints except the newest ``keep`` and the best."""
-    names = sorted(path.name for path in root.glob("step-*"))
-    spared = set(names[-keep:])
-    with contextlib.suppress(OSError):
-        spared.add((root / "best").read_text())
-    for name in set(names) - spared:
-        shutil.rmtree(root / name)
-
-
-def find_checkpoint(place: Path, pointer: str = "latest") -> Path:
-    """Return the checkpoint folder that ``place`` means: a run, or a checkpoint itself.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: on all ranks, if one of them cannot write; earlier checkpoints stay.
     """
-    if (place / "state.pt").is_file():
-        return place
-    root = place / "checkpoints"
-    if (root / pointer).is_file():
-        found = root / (root / pointer).read_text().strip()
-        if (found / "state.pt").is_file():
-            return found
-        raise CheckpointError(
-            f"{root / pointer} names {found.name}, which is not there or not whole; name another "
-            f"checkpoint of {root} outright"
-        )
-    raise CheckpointError(
-        f"there is no checkpoint in {place}; give a run's folder (runs/NAME, with checkpoints/"
-        f"{pointer}) or a checkpoint's (with state.pt), or start anew without --resume"
-    )
+    name = checkpoint_name(state.step)
+    incomplete = root / _INCOMPLETE
+    agreement.from_first(lambda: _writing(root, lambda: _start_anew(incomplete / name)))
+    failures: list[str] = []
+    with _failures_noted(engine, failures):
+        engine.save_checkpoint(str(incomplete), tag=name, save_latest=False)
+    weights = gather_weights(engine, config)
+
+    def finish() -> None:
+        _save(weights, incomplete / name / "weights.pt")
+        _save(_pack(state, config, ranks), incomplete / name / "state.pt")
+        write_manifest(incomplete / name, state.step, state.best_step)
+        for extra in incomplete.glob("*.py"):  # DeepSpeed's recovery script belongs beside them
+            os.replace(extra, root / extra.name)
+        publish(incomplete / name, root / name)
+        shutil.rmtree(incomplete, ignore_errors=True)
+
+    try:
+        agreement.together(lambda: _raise_first(root, failures))
+        agreement.from_first(lambda: _writing(root, finish))
+    except CheckpointError:
+        if ranks.is_first:  # makes room on a full disk
+            shutil.rmtree(incomplete, ignore_errors=True)
+        raise
+    return root / name
 
 
 def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
@@ -178,32 +147,6 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return _load(folder / "weights.pt")
 
 
-def check_resumable(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ranks) -> None:
-    """Raise CheckpointError unless ``config`` can go on from this checkpoint exactly."""
-    ours = identity(config)
-    for section in _IDENTITY:
-        if run["identity"][section] != ours[section]:
-            raise CheckpointError(
-                f"the checkpoint {folder} is of another {section}: "
-                f"{_difference(run['identity'][section], ours[section])}; resume it with its own "
-                "recipe (leave --recipe out), or start a new run"
-            )
-    if run["batch_size"] != config.batches.total or run["seed"] != config.training.seed:
-        raise CheckpointError(
-            f"the checkpoint {folder} was saved with training.batch_size={run['batch_size']} and "
-            f"training.seed={run['seed']}; the data order depends on both, so resume with these"
-        )
-    stage = zero_stage(config.resolved)
-    if (run["zero_stage"], run["world_size"]) != (stage, ranks.world_size) and not (
-        run["zero_stage"] == stage == 0
-    ):
-        raise CheckpointError(
-            f"the checkpoint {folder} was saved by {run['world_size']} rank(s) at ZeRO stage "
-            f"{run['zero_stage']}, and this is {ranks.world_size} rank(s) at stage {stage}; its "
-            "optimizer state fits only the same number and stage (at stage 0, any number)"
-        )
-
-
 def gather_weights(engine: Any, config: RunConfig) -> dict[str, Tensor]:
     """Return the whole model's state dict on the CPU; call it on all ranks, use it on rank 0."""
     parameters = list(engine.module.parameters())
@@ -230,6 +173,7 @@ def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, An
         "seed": config.training.seed,
         "world_size": ranks.world_size,
         "zero_stage": zero_stage(config.resolved),
+        "precision": config.training.precision,
     }
     return {"format": FORMAT, "state": plain, "masks": packed, "run": run}
 
@@ -246,18 +190,50 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _difference(theirs: Any, ours: Any) -> str:
-    if not isinstance(theirs, dict) or not isinstance(ours, dict):
-        return f"{theirs} there, {ours} here"
-    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-    return ", ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in keys)
+def _start_anew(folder: Path) -> None:
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-def _sync_tree(folder: Path) -> None:
-    """Flush a folder's files and names to disk, so that the rename cannot outrun them."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _save(values: Any, path: Path) -> None:
+    # Through a file of Python's, which reports a full disk as what it is.
+    with path.open("wb") as file:
+        torch.save(values, file)
+
+
+def _writing(root: Path, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
+        _raise_first(root, [str(error)])
+
+
+def _raise_first(root: Path, failures: list[str]) -> None:
+    if failures:
+        raise CheckpointError(
+            f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; the ones "
+            "before it are untouched: make room, and go on with --resume"
+        )
+
+
+@contextlib.contextmanager
+def _failures_noted(engine: Any, failures: list[str]) -> Iterator[None]:
+    """Let a write of DeepSpeed's fail without leaving the other ranks waiting in its barriers."""
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failures.append(str(error) or type(error).__name__)
+
+        return call
+
+    places = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    for owner, method in places:
+        vars(owner)[method] = noting(getattr(owner, method))
+    try:
+        yield
+    finally:
+        for owner, method in places:
+            del vars(owner)[method]

@@ -29,6 +29,7 @@ from spion_ds.training.schedule import OneCycle
 
 RULES = ("distance", "fixed")
 PRECISIONS = ("fp32", "bf16", "fp16")
+ON_NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TransitionConfig:
     def is_check(self, step: int) -> bool:
         """Return whether the maps of the ``step``-th step (from 1) are looked at."""
         if self.rule == "fixed":
-            return step == self.switch_step
+            return self.switch_step is not None and step >= self.switch_step
         return step % self.check_every == 0 or self.is_forced(step)
 
     def is_forced(self, step: int) -> bool:
@@ -137,6 +138,9 @@ class TrainingConfig:
         evaluate_every: steps between two evaluations on the validation split.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest are kept, beside the best.
+        on_nonfinite: what a NaN or infinity in loss or gradients does: ``"stop"`` ends the run,
+            ``"skip"`` leaves out the optimizer step.
+        rank_timeout_seconds: how long a rank may be silent or not move before all end.
         compile: whether TorchInductor compiles the training steps (ZeRO 0 to 2).
         cuda_graph: whether the sparse phase's steps are replayed from a CUDA graph (GPU, ZeRO 0
             to 2, one micro-batch a step).
@@ -151,6 +155,8 @@ class TrainingConfig:
     evaluate_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    on_nonfinite: str = "stop"
+    rank_timeout_seconds: float = 600.0
     compile: bool = False
     cuda_graph: bool = False
 
@@ -170,6 +176,12 @@ class TrainingConfig:
         require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2^31 - 1")
         if self.precision not in PRECISIONS:
             raise ConfigError(unknown_name("training.precision", self.precision, PRECISIONS))
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ConfigError(
+                unknown_name("training.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+            )
+        timeout = self.rank_timeout_seconds
+        require(1.0 <= timeout <= 86400.0, "training.rank_timeout_seconds", timeout, "1 to 86400")
 
 
 @dataclass(frozen=True)

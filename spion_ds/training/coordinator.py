@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spion_ds.attention import AttentionMapAccumulator
+from spion_ds.attention import AttentionMapAccumulator, SparseSelfAttention
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import SpionError
 from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport
@@ -112,18 +112,29 @@ class Coordinator:
         status = int(message[0])
         digest = bytes(message[1 : 1 + _DIGEST_BYTES].tolist())
         body = bytes(message[1 + _DIGEST_BYTES :].tolist())
+        sound = status == _STAY or hashlib.sha256(body).digest() == digest
+        if self.agreement.any(not sound) or self.agreement.differing(status):
+            raise CoordinationError(
+                "the masks that a rank received differ from those that rank 0 sent; the network or "
+                "memory is faulty, so the run stops: go on with --resume, from the last checkpoint"
+            )
         if status == _STAY:
             return None, ""
-        if hashlib.sha256(body).digest() != digest:
-            raise CoordinationError(
-                "the masks that this rank received differ from those that rank 0 sent; the "
-                "network or memory is faulty, so the run stops: resume it from its last checkpoint"
-            )
         if status == _FAILED:
             text = body.rstrip(b"\0").decode(errors="replace")
             raise CoordinationError(f"rank 0 could not make the patterns: {text}")
         parts = [body[i * mask_bytes : (i + 1) * mask_bytes] for i in range(layers)]
         return [unpack_mask(part, (n, n)) for part in parts], digest.hex()
+
+
+def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> str:
+    """Return the sha256 of the block layouts of all layers at ``length`` tokens, hexadecimal."""
+    digest = hashlib.sha256()
+    for attention in attentions:
+        block = attention.sparsity_config.block
+        layout = attention.sparsity_config.make_layout(-(-length // block) * block)
+        digest.update(layout.bool().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _mean_map(layer: AttentionMapAccumulator) -> Tensor:

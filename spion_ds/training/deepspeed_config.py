@@ -48,7 +48,7 @@ def resolve_deepspeed_config(
     # DeepSpeed clips by norm, at 1.0 unless told otherwise; the recipe clips by value.
     if config.get("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = 0.0
-    _fill_optimizer(config, optimizer)
+    _fill_optimizer(config, optimizer, device_type)
     config.setdefault("steps_per_print", 10**9)
     for place in _autos(config):
         raise ConfigError(
@@ -63,11 +63,30 @@ def zero_stage(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def with_universal_checkpoint(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a resolved configuration that loads a universal checkpoint."""
+    checkpoint = {**config.get("checkpoint", {}), "load_universal": True}
+    return {**config, "checkpoint": checkpoint}
+
+
 def _check_supported(config: dict[str, Any]) -> None:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"zero_optimization.stage is {stage!r}; allowed: 0, 1, 2 or 3")
+    if not isinstance(zero, dict):
+        raise ConfigError(f"zero_optimization is {zero!r}; allowed: a mapping, with a stage")
+    for what, stages in (("optimizer", (1, 2, 3)), ("param", (3,))):
+        if _offloads(config, what) and stage not in stages:
+            raise ConfigError(
+                f"zero_optimization.offload_{what} is set at stage {stage}, which does not "
+                f"partition it; allowed: stage {' or '.join(map(str, stages))}"
+            )
+    if "activation_checkpointing" in config:
+        raise ConfigError(
+            "the DeepSpeed configuration has an 'activation_checkpointing' block, which the model "
+            "does not read; remove it and set model.activation_checkpointing=true in the recipe"
+        )
     if "scheduler" in config:
         raise ConfigError(
             "the DeepSpeed configuration has a 'scheduler'; remove it: the learning rate comes "
@@ -129,7 +148,7 @@ def _batch_sizes(config: dict[str, Any], training: TrainingConfig, world_size: i
     return BatchSizes(total, micro, accumulation)
 
 
-def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig) -> None:
+def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, device_type: str) -> None:
     block = config.setdefault("optimizer", {"type": "AdamW"})
     if not isinstance(block, dict) or "type" not in block:
         raise ConfigError("the DeepSpeed configuration's optimizer has no type; e.g. 'AdamW'")
@@ -138,10 +157,20 @@ def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig) -> None:
     _fill(params, "betas", list(optimizer.betas), "optimizer.betas")
     _fill(params, "eps", optimizer.eps, "optimizer.eps")
     _fill(params, "weight_decay", optimizer.weight_decay, "optimizer.weight_decay")
-    offload = config["zero_optimization"].get("offload_optimizer", {})
-    if block["type"] in ("Adam", "AdamW") and offload.get("device", "none") == "none":
-        # PyTorch's AdamW instead of a fused one that would be compiled first.
+    if block["type"] not in ("Adam", "AdamW"):
+        return
+    # PyTorch's AdamW instead of a fused one that would be compiled first. On a GPU with the
+    # optimizer in RAM DeepSpeed's vectorised one is worth it.
+    if not _offloads(config, "optimizer"):
         params.setdefault("torch_adam", True)
+    elif device_type == "cpu":
+        params.setdefault("torch_adam", True)
+        config.setdefault("zero_force_ds_cpu_optimizer", not params["torch_adam"])
+
+
+def _offloads(config: dict[str, Any], what: str) -> bool:
+    block = config["zero_optimization"].get(f"offload_{what}") or {}
+    return block.get("device", "none") != "none"
 
 
 def _fill(block: dict[str, Any], key: str, value: Any, recipe_key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def discover_ranks() -> Ranks:
     """Return this process's place, read from the launcher's environment.
 
     torchrun and the deepspeed launcher set RANK and WORLD_SIZE; Open MPI's and MPICH's mpirun
-    set their own variables; without any, the process is alone.
+    and Slurm's srun set their own variables; without any, the process is alone.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -74,6 +75,16 @@ def discover_ranks() -> Ranks:
             world, number = int(env[size]), int(env[rank])
             local_world = int(env.get(local_size, world))
             return Ranks(number, world, int(env.get(local_rank, number)), local_world)
+    if "SLURM_STEP_NUM_TASKS" in env:  # under srun, not in a batch script itself
+        world, number = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
+        # "2(x3),1": two tasks on each of three nodes, then one
+        counts = re.sub(
+            r"(\d+)\(x(\d+)\)",
+            lambda found: ",".join([found[1]] * int(found[2])),
+            env.get("SLURM_STEP_TASKS_PER_NODE", str(world)),
+        ).split(",")
+        here = int(counts[int(env.get("SLURM_NODEID", 0))])
+        return Ranks(number, world, int(env["SLURM_LOCALID"]), here)
     return Ranks(0, 1, 0, 1)
 
 
@@ -174,6 +185,12 @@ class Agreement:
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
         return bool(box.item())
 
+    def differing(self, value: object) -> list[int]:
+        """Return the ranks whose ``value`` is not rank 0's."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.group)
+        return [rank for rank, other in enumerate(values) if other != values[0]]
+
     def broadcast(self, payload: torch.Tensor) -> torch.Tensor:
         """Broadcast a CPU tensor from rank 0, in place, and return it."""
         dist.broadcast(payload, src=0, group=self.group)
@@ -187,6 +204,11 @@ class Agreement:
 def _set_rendezvous(ranks: Ranks) -> None:
     """Fill in what the launcher left out of the environment: ranks, address and port."""
     env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env and ranks.world_size > 1 and "MASTER_ADDR" not in env:
+        raise ConfigError(
+            "srun started this run, and MASTER_ADDR and MASTER_PORT are not set; export them as "
+            "launch/slurm.sh does: the first node's name and a free port"
+        )
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         address = ("127.0.0.1", _free_port()) if ranks.world_size == 1 else _agree_through_mpi()
         env.setdefault("MASTER_ADDR", address[0])

@@ -17,7 +17,8 @@ from spion_ds.data import Dataset, Split, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import operators_available
 from spion_ds.settings import require
-from spion_ds.training.checkpoint import check_resumable, find_checkpoint, load_state
+from spion_ds.training.checkpoint import load_state
+from spion_ds.training.checkpoint_files import check_whole, find_checkpoint, has_checkpoint
 from spion_ds.training.config import (
     RunConfig,
     build_run_config,
@@ -26,11 +27,18 @@ from spion_ds.training.config import (
 )
 from spion_ds.training.evaluation import Evaluation, evaluate, load_model
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
+from spion_ds.training.resuming import Resume, plan_resume
 from spion_ds.training.run_log import seconds_per_step
+from spion_ds.training.stopping import Stopped, StopRequest
 from spion_ds.training.summary import summary_table
 from spion_ds.training.trainer import Trainer
+from spion_ds.training.watch import LOST_RANK_EXIT, LostRankError, Watch, speaks
 
 DEFAULT_RECIPE = "listops_small"
+USER_ERROR_EXIT = 2
+# sysexits.h's EX_TEMPFAIL, "try again later": what a Slurm job is requeued on.
+STOPPED_EXIT = 75
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ class TrainOptions:
         run_name: the run's name; None takes the recipe's.
         if_taken: ``"suffix"`` (the next free name) or ``"error"`` when the name is taken.
         data_dir: folder that holds the data caches.
-        resume: run or checkpoint to go on from; "" means run_dir/run_name; None starts a new run.
+        resume: run or checkpoint to go on from; "" means run_dir/run_name; "auto" means that too,
+            and starts it there if it has no checkpoint yet; None starts a new run.
         stop_at: step after which to save and stop, None for the last.
     """
 
@@ -78,13 +87,21 @@ class EvaluateOptions:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code."""
+    """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
+
+    The codes: 0 done, 2 an error to mend, 3 another rank was lost, 75 stopped by a signal with a
+    checkpoint.
+    """
     try:
         command()
+    except Stopped:
+        return STOPPED_EXIT
     except SpionError as error:
-        if discover_ranks().is_first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        if discover_ranks().is_first or (
+            isinstance(error, LostRankError) and speaks(discover_ranks(), str(error))
+        ):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return LOST_RANK_EXIT if isinstance(error, LostRankError) else USER_ERROR_EXIT
     finally:
         leave()
     return 0
@@ -95,7 +112,8 @@ def train(options: TrainOptions) -> None:
 
     Raises:
         SpionError: before training starts and before any file is written, for every mistake
-            that can be seen by then.
+            that can be seen by then; later, if training cannot go on.
+        Stopped: a signal ended the run.
     """
     ranks = discover_ranks()
     checkpoint = _checkpoint_to_resume(options)
@@ -104,21 +122,26 @@ def train(options: TrainOptions) -> None:
 
     join(ranks)
     agreement = Agreement()
-    dataset = prepare_data(config, options.data_dir, ranks, agreement)
-    if ranks.is_first and config.switches:
-        operators_available()  # compiled now, if need be, and not at the switch
-    folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
-    if ranks.is_first:
-        _introduce(config, folder, ranks, checkpoint)
-    trainer = Trainer(config, dataset, ranks, agreement, folder, checkpoint)
-    try:
-        finished = trainer.train(options.stop_at)
-        if finished:
-            _sum_up(trainer, config, dataset, ranks, folder)
-        elif ranks.is_first:
-            print(f"stopped at step {trainer.state.step}; go on with --resume {folder}")
-    finally:
-        trainer.log.close()
+    timeout = config.training.rank_timeout_seconds
+    with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
+        resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
+        dataset = prepare_data(config, options.data_dir, ranks, agreement)
+        if ranks.is_first and config.switches:
+            operators_available()  # compiled now, if need be, and not at the switch
+        folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
+        if ranks.is_first:
+            _introduce(config, folder, ranks, resume)
+        trainer = Trainer(config, dataset, ranks, agreement, watch, request, folder, resume)
+        try:
+            finished = trainer.train(options.stop_at)
+            if finished:
+                _sum_up(trainer, config, dataset, ranks, folder)
+            elif ranks.is_first:
+                print(f"stopped at step {trainer.state.step}; go on with --resume {folder}")
+        finally:
+            trainer.log.close()
+    if trainer.stopped_by_signal and not finished:
+        raise Stopped
 
 
 def prepare_data(config: RunConfig, data_dir: Path, ranks: Ranks, agreement: Agreement) -> Dataset:
@@ -149,7 +172,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
     get_task(config.task).check_source(config.data)
 
     join(ranks)
-    dataset = prepare_data(config, options.data_dir, ranks, Agreement())
+    agreement = Agreement()
+    agreement.from_first(lambda: check_whole(folder, checksums=True))
+    dataset = prepare_data(config, options.data_dir, ranks, agreement)
     model = load_model(folder, config, ranks.device)
     split: Split = getattr(dataset, options.split)
     batch_size = options.batch_size or config.batches.micro
@@ -184,8 +209,9 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
     )
     if checkpoint is not None:
         state, run = load_state(checkpoint)
-        check_resumable(checkpoint, run, config, ranks)
-        if state.step >= config.training.steps:
+        plan_resume(checkpoint, run, config, ranks)
+        # Going on by itself, a run that was killed after its last step still gets its summary.
+        if state.step >= config.training.steps and options.resume != AUTO:
             raise CheckpointError(
                 f"the checkpoint {checkpoint} is at step {state.step} and training.steps is "
                 f"{config.training.steps}: nothing is left to do; evaluate it with "
@@ -196,13 +222,36 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
     return config
 
 
-def _checkpoint_to_resume(options: TrainOptions) -> Path | None:
+def _checkpoint_to_resume(
+    options: TrainOptions, *, checksums: bool = False, passed_over: list[str] | None = None
+) -> Path | None:
+    """Return the checkpoint that ``--resume`` means, None to start."""
     if options.resume is None:
         return None
-    if options.resume:
-        return find_checkpoint(Path(options.resume))
-    name = options.run_name or Path(options.recipe or DEFAULT_RECIPE).stem
-    return find_checkpoint(options.run_dir / name)
+    named = options.resume not in ("", AUTO)
+    place = Path(options.resume) if named else options.run_dir / _run_name(options)
+    if options.resume == AUTO and not has_checkpoint(place):
+        return None
+    return find_checkpoint(place, checksums=checksums, passed_over=passed_over)
+
+
+def _run_name(options: TrainOptions) -> str:
+    return options.run_name or Path(options.recipe or DEFAULT_RECIPE).stem
+
+
+def _verify(options: TrainOptions, config: RunConfig, ranks: Ranks, agreement: Agreement) -> Resume:
+    """Let rank 0 read every byte of the checkpoint, and return how all ranks go on from it."""
+
+    def choose() -> Path | None:
+        passed_over: list[str] = []
+        folder = _checkpoint_to_resume(options, checksums=True, passed_over=passed_over)
+        for sentence in passed_over:
+            print(f"note: {sentence}; using {folder and folder.name}", file=sys.stderr, flush=True)
+        return folder
+
+    folder = agreement.from_first(choose)
+    assert folder is not None
+    return plan_resume(folder, load_state(folder)[1], config, ranks)
 
 
 def _saved_recipe(checkpoint: Path) -> dict[str, Any]:
@@ -220,6 +269,10 @@ def _run_folder(options: TrainOptions, config: RunConfig, checkpoint: Path | Non
     if checkpoint is not None:
         return checkpoint.parent.parent
     name = options.run_name or config.recipe
+    if options.resume == AUTO:
+        folder = options.run_dir / _run_name(options)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     options.run_dir.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -236,7 +289,7 @@ def _run_folder(options: TrainOptions, config: RunConfig, checkpoint: Path | Non
             number += 1
 
 
-def _introduce(config: RunConfig, folder: Path, ranks: Ranks, checkpoint: Path | None) -> None:
+def _introduce(config: RunConfig, folder: Path, ranks: Ranks, resume: Resume | None) -> None:
     """Print the run configuration and save it with the run."""
     text = yaml.safe_dump(config.to_mapping(), sort_keys=False)
     _write(folder / "config.yaml", text)
@@ -248,7 +301,9 @@ def _introduce(config: RunConfig, folder: Path, ranks: Ranks, checkpoint: Path |
         f"{ranks.world_size} rank(s) × {batches.accumulation} accumulation step(s) × "
         f"micro-batch {batches.micro}"
     )
-    print(f"run folder: {folder}" + (f", resumed from {checkpoint.name}" if checkpoint else ""))
+    print(f"run folder: {folder}" + (f", resumed from {resume.folder.name}" if resume else ""))
+    if resume and resume.note:
+        print(f"note: {resume.note}")
     sys.stdout.flush()
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,31 @@ from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_ba
 from spion_ds.training.checkpoint import (
     TrainingState,
     load_state,
-    prune_checkpoints,
+    load_weights,
     save_checkpoint,
+)
+from spion_ds.training.checkpoint_files import (
+    checkpoint_name,
+    prune_checkpoints,
     write_pointer,
 )
 from spion_ds.training.config import RunConfig
-from spion_ds.training.coordinator import Coordinator
+from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
+from spion_ds.training.deepspeed_config import with_universal_checkpoint
 from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
+from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
+from spion_ds.training.step_guard import StepGuard, StepReport
+from spion_ds.training.stopping import StopRequest
+from spion_ds.training.watch import Watch
+
+# Skipping more steps than this without one that counts is no training.
+_MOST_SKIPPED = 10
 
 
 class TrainingError(SpionError, RuntimeError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot go on: a loss, gradient or attention map is not finite."""
 
 
 class Trainer:
@@ -47,6 +58,8 @@ class Trainer:
         dataset: the task's data.
         ranks: this process among all.
         agreement: the control channel between ranks.
+        watch: told about every step.
+        request: the wish to stop, on this rank.
         folder: the run's folder.
         resume: checkpoint to go on from, None for a new run.
     """
@@ -57,20 +70,37 @@ class Trainer:
         dataset: Dataset,
         ranks: Ranks,
         agreement: Agreement,
+        watch: Watch,
+        request: StopRequest,
         folder: Path,
-        resume: Path | None,
+        resume: Resume | None,
     ) -> None:
         self.config, self.dataset, self.ranks, self.agreement = config, dataset, ranks, agreement
+        self.watch, self.request = watch, request
         self.checkpoints = folder / "checkpoints"
         self.device = ranks.device
         self.model = build_model(config)
+        deepspeed_config = config.resolved
+        if resume is not None and resume.way == "weights":
+            self.model.load_state_dict(load_weights(resume.folder))
+        elif resume is not None and resume.way == "universal":
+            deepspeed_config = with_universal_checkpoint(config.resolved)
         # DeepSpeed moves the model to its device and wraps optimizer and gradients.
         self.engine, *_ = import_deepspeed().initialize(
             model=self.model,
             model_parameters=list(self.model.parameters()),
-            config=config.resolved,
+            config=deepspeed_config,
         )
+        self._skipping = False
         _clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
+        _step_unless(self.engine.basic_optimizer, lambda: self._skipping)
+        skips = config.training.on_nonfinite == "skip"
+        self.guard = StepGuard(
+            self.model,
+            self.device,
+            at_once=skips or self.device.type == "cpu",
+            gradients=config.training.precision != "fp16",
+        )
 
         self.accelerated = AcceleratedForward(
             self.model, compile=config.training.compile, cuda_graph=config.training.cuda_graph
@@ -86,6 +116,7 @@ class Trainer:
             self.state.masks = [static_mask(layer, length) for layer in sparsity]
             self.state.switch_step = 0
         self._derive_layouts()
+        self._compare_layouts()
         configs = [attention.sparsity_config for attention in self.model.attentions]
         self.coordinator = Coordinator(
             self.rule,
@@ -101,7 +132,7 @@ class Trainer:
         # Loss sum, correct predictions, samples: since the last row of the log, on this rank.
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._rate = 0.0
-        self._signalled = False  # on this rank
+        self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
         if self.state.step == 0 and self.state.masks is not None:
             shown = ", ".join(f"{mask.double().mean():.1%}" for mask in self.state.masks)
@@ -109,26 +140,33 @@ class Trainer:
             self.log.say(f"sparse attention from the first step ({mode}); densities {shown}")
             self.log.pictures(0, None, self.state.masks)
 
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether a signal on any rank ended ``train``."""
+        return self._stopping
+
     def train(self, stop_at: int | None = None) -> bool:
         """Train to the last step, or to ``stop_at`` or a signal; return whether it is finished."""
         training, state = self.config.training, self.state
         last = training.steps if stop_at is None else min(stop_at, training.steps)
-        with self._signals_noted():
-            self.engine.train()
-            while state.step < last and not self._stopping:
-                phase = self._step()
-                ends = state.step == last
-                evaluates = (
-                    state.step % training.evaluate_every == 0 or state.step == training.steps
-                )
-                switched = phase != state.phase
-                if state.step % training.log_every == 0 or evaluates or switched or ends:
-                    self._log_row(phase)
-                    self._agree_on_stopping()
-                best = evaluates and self._evaluate()
-                due = state.step % training.checkpoint_every == 0
-                if best or due or ends or self._stopping:
-                    self._save(best)
+        self.request.patient = True
+        self.engine.train()
+        while state.step < last and not self._stopping:
+            phase = self._step()
+            self.watch.tick(state.step)
+            ends = state.step == last
+            evaluates = state.step % training.evaluate_every == 0 or state.step == training.steps
+            switched = phase != state.phase
+            logs = state.step % training.log_every == 0
+            if logs or evaluates or switched or ends or self._stopping:
+                self._obey(self.guard.reports())
+                self._log_row(phase)
+            best = evaluates and self._evaluate()
+            due = state.step % training.checkpoint_every == 0
+            if best or due or ends or self._stopping:
+                self._save(best)
+        if self._stopping:
+            self.log.say(f"step {state.step}: asked to stop; a checkpoint is saved")
         return state.step == training.steps
 
     def _step(self) -> str:
@@ -146,6 +184,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
         samples = self.order.samples(state.step)
+        counted = torch.zeros_like(self._sums)
         for micro_step in range(config.batches.accumulation):
             positions = micro_batch_positions(
                 micro_step, config.batches.micro, self.ranks.rank, self.ranks.world_size
@@ -162,20 +201,52 @@ class Trainer:
                 logits = self.engine(*inputs).float()
             loss = F.cross_entropy(logits, batch.labels)
             self.engine.backward(loss)
+            self.guard.add_loss(loss)
+            _count(counted, loss.detach(), logits.detach(), batch.labels)
+            if micro_step == config.batches.accumulation - 1:
+                self._skipping = self._obey(self.guard.close(number, self.request.asked))
             self.engine.step()
-            self._count(loss.detach(), logits.detach(), batch.labels)
         state.step = number
         state.samples_seen += config.batches.total
-        if checking:
+        if not self._skipping:
+            self._sums += counted
+        if checking and not self._skipping:
+            if not self.guard.at_once:
+                self._obey(self.guard.reports())
             self._check(observed)
-        else:
+        elif not checking:
             self.timer.count()
         return phase
+
+    def _obey(self, reports: list[StepReport]) -> bool:
+        """Do what all ranks together found about steps; return whether to skip the present one."""
+        skips = False
+        for report in reports:
+            self._stopping = self._stopping or report.stop
+            self._skipped = self._skipped + 1 if report.not_finite else 0
+            if not report.not_finite:
+                continue
+            where = f"{' and '.join(report.not_finite[:2])}" + (
+                f" and {len(report.not_finite) - 2} more" if len(report.not_finite) > 2 else ""
+            )
+            found = f"step {report.step} ({self.state.phase} phase): {where} not finite"
+            if self.config.training.on_nonfinite == "stop" or self._skipped > _MOST_SKIPPED:
+                raise TrainingError(
+                    f"{found}; lower optimizer.lr, train in fp32 or set training.on_nonfinite to "
+                    "skip, and go on with --resume, from the last checkpoint"
+                )
+            skips = True
+            self.log.row(report.step, "skipped", parts=", ".join(report.not_finite))
+            self.log.say(f"{found}; the step is skipped")
+        return skips
 
     def _check(self, observed: list[AttentionMapAccumulator]) -> None:
         state, started = self.state, time.perf_counter()
         force = self.config.transition.is_forced(state.step)
-        decision = self.coordinator.check(observed, force=force)
+        try:
+            decision = self.coordinator.check(observed, force=force)
+        except CoordinationError as error:
+            raise TrainingError(f"step {state.step}: {error}") from error
         if decision.report is not None:
             self.log.row(
                 state.step,
@@ -187,6 +258,7 @@ class Trainer:
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
             self._derive_layouts()
+            self._compare_layouts()
             state.masks, state.switch_step = decision.masks, state.step
             # Sparse checkpoints compete among themselves: a dense one is another model.
             state.best_step, state.best_accuracy = None, -1.0
@@ -203,6 +275,17 @@ class Trainer:
         for attention in self.model.attentions:
             attention.layout(self.config.data.sequence_length, self.device)
 
+    def _compare_layouts(self) -> None:
+        """Raise on all ranks unless all have the same layouts."""
+        digest = layouts_digest(self.model.attentions, self.config.data.sequence_length)
+        other = self.agreement.differing(digest)
+        if other:
+            raise TrainingError(
+                f"step {self.state.step}: the layouts of rank(s) {', '.join(map(str, other))} "
+                "differ from rank 0's; memory or network is faulty: go on with --resume, from the "
+                "last checkpoint"
+            )
+
     def _log_row(self, phase: str) -> None:
         """Average what was counted since the last row over all ranks, and write it down."""
         state = self.state
@@ -210,12 +293,9 @@ class Trainer:
         dist.all_reduce(self._sums)
         loss, correct, samples = self._sums.tolist()
         self._sums.zero_()
+        if samples == 0:  # every step since the last row was skipped
+            return
         loss, accuracy = loss / samples, correct / samples
-        if loss != loss or abs(loss) == float("inf"):
-            raise TrainingError(
-                f"the training loss is {loss} at step {state.step} ({phase} phase); lower "
-                "optimizer.lr or train in fp32, and resume from the last checkpoint"
-            )
         tokens = self.config.batches.total * self.config.data.sequence_length
         speed = (
             {}
@@ -245,7 +325,11 @@ class Trainer:
         self.timer.stop()
         self.engine.eval()
         result = evaluate(
-            self.engine, self.dataset.validation, self.config.batches.micro, self.ranks, self.device
+            self._forward,
+            self.dataset.validation,
+            self.config.batches.micro,
+            self.ranks,
+            self.device,
         )
         self.engine.train()
         state = self.state
@@ -260,52 +344,64 @@ class Trainer:
             state.best_step, state.best_accuracy = state.step, result.accuracy
         return best
 
+    def _forward(self, *inputs: Tensor) -> Tensor:
+        self.watch.tick(self.state.step)
+        return self.engine(*inputs)
+
     def _save(self, best: bool) -> None:
         self.timer.stop()
+        self._compare_layouts()
         # The rule's memory is maps of L×L; once it has fired nobody asks it again.
         self.state.rule = self.rule.state_dict() if self.state.masks is None else {}
         place = save_checkpoint(
             self.engine, self.checkpoints, self.state, self.config, self.ranks, self.agreement
         )
-        if self.ranks.is_first:
+
+        def point_and_prune() -> None:
             if best:
                 write_pointer(self.checkpoints, "best", place.name)
             prune_checkpoints(self.checkpoints, self.config.training.keep_checkpoints)
-        self.agreement.barrier()  # the others may look for the best one next
 
-    def _resume(self, folder: Path) -> None:
-        self.state, _ = load_state(folder)
+        # The others must not look for the best before it is named.
+        self.agreement.from_first(point_and_prune)
+        self.watch.tick(self.state.step)
+
+    def _resume(self, resume: Resume) -> None:
+        self.state, _ = load_state(resume.folder)
         if self.state.masks is None:
             self.rule.load_state_dict(self.state.rule)
         set_masks(self.model, self.state.masks)
         # DeepSpeed's optimizer files are pickles; they were written by this run.
-        self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if resume.way == "exact":
+            self.engine.load_checkpoint(str(resume.folder.parent), tag=resume.folder.name)
+        elif resume.way == "universal":
+            folder = make_universal(resume.folder, self.agreement)
+            self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            self.agreement.barrier()
+            if self.ranks.is_first:
+                drop_universal(folder)
+        if self.ranks.is_first and self.state.best_step is not None:
+            # A run that was killed while it saved, or that goes back, knows another best.
+            best = checkpoint_name(self.state.best_step)
+            if (self.checkpoints / best).is_dir():
+                write_pointer(self.checkpoints, "best", best)
 
-    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        size = len(labels)
-        self._sums[0] += loss * size
-        self._sums[1] += (logits.argmax(dim=-1) == labels).sum()
-        self._sums[2] += size
 
-    @contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        """Let SIGTERM, SIGUSR1 and Ctrl-C end the run after a step, with a checkpoint."""
+def _count(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    size = len(labels)
+    sums[0] += loss * size
+    sums[1] += (logits.argmax(dim=-1) == labels).sum()
+    sums[2] += size
 
-        def note(*_: Any) -> None:
-            self._signalled = True
 
-        wanted = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        before = {number: signal.signal(number, note) for number in wanted}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _step_unless(optimizer: torch.optim.Optimizer, skipping: Callable[[], bool]) -> None:
+    """Let DeepSpeed take its step as ever, but the optimizer inside it only unless skipping."""
+    step = optimizer.step
 
-    def _agree_on_stopping(self) -> None:
-        self._stopping = self.agreement.any(self._signalled)
-        if self._stopping:
-            self.log.say(f"step {self.state.step}: asked to stop; saving a checkpoint")
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        return None if skipping() else step(*arguments, **named)
+
+    vars(optimizer)["step"] = guarded
 
 
 def _clip_by_value(optimizer: torch.optim.Optimizer, bound: float | None) -> None:

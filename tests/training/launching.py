@@ -82,6 +82,31 @@ def launch(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return result
 
 
+def start_ranks(count: int, words: list[str], cwd: Path, log: Path) -> list[subprocess.Popen]:
+    """Start a script's ranks as a cluster's scheduler would, each a process of ours.
+
+    Their output goes to ``log``.
+    """
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with log.open("w") as output:
+        return [
+            subprocess.Popen(
+                [sys.executable, *words],
+                cwd=cwd,
+                env={
+                    **environment(),
+                    **place,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(count),
+                },
+                stdout=output,
+                stderr=output,
+            )
+            for rank in range(count)
+        ]
+
+
 def drive(launcher: str, ranks: int, sessions: list[dict[str, Any]], folder: Path) -> None:
     """Train several sessions one after the other in one process group."""
     plan = folder / f"plan-{launcher}-{ranks}.json"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from spion_ds.training.checkpoint import find_checkpoint, load_state, load_weights
+from spion_ds.training.checkpoint import load_state, load_weights
+from spion_ds.training.checkpoint_files import find_checkpoint
 from tests.training.launching import digest, drive, losses, rows, summary
 
 pytestmark = pytest.mark.ranks
@@ -76,3 +77,38 @@ def test_a_checkpoint_says_where_the_run_stands(tmp_path: Path) -> None:
     assert state.masks is not None
     assert [tuple(mask.shape) for mask in state.masks] == [(8, 8), (8, 8)]
     assert all(mask.diagonal().all() for mask in state.masks)
+
+
+def test_resumed_with_other_ranks_and_stages(tmp_path: Path) -> None:
+    """Sessions of two ranks, then of one, then of two: each resumes what the one before left."""
+    runs = tmp_path / "runs"
+    # Stages 0 to 3 to one rank; from one rank to two; from stage to stage.
+    stages = (0, 1, 2, 3)
+    down = [{"run_name": f"down{s}", "stage": s, "stop_at": SWITCH - 1} for s in stages]
+    moved = {"moved21": (2, 1), "moved20": (2, 0), "moved31": (3, 1), "moved03": (0, 3)}
+    leave = [
+        {"run_name": name, "stage": there, "stop_at": SWITCH - 1}
+        for name, (there, _) in moved.items()
+    ]
+    up = [{"run_name": f"up{s}", "stage": s, "stop_at": SWITCH + 1} for s in (0, 2, 3)]
+
+    def go_on(name: str, stage: int) -> dict[str, Any]:
+        return {"resume": str(runs / name), "stage": stage}
+
+    arrive = [go_on(name, here) for name, (_, here) in moved.items()]
+    drive("torchrun", 2, [{"run_name": "whole"}, *down, *leave, *arrive], tmp_path)
+    drive("python", 1, [*(go_on(f"down{s}", s) for s in stages), *up], tmp_path)
+    drive("torchrun", 2, [go_on(f"up{s}", s) for s in (0, 2, 3)], tmp_path)
+
+    whole = losses(runs / "whole")
+    for name in [f"down{s}" for s in stages] + [f"up{s}" for s in (0, 2, 3)] + ["moved21"]:
+        assert digest(runs / name) == digest(runs / "whole"), name
+        # The optimizer's state moves: only sums over ranks are rounded in another order.
+        assert losses(runs / name) == pytest.approx(whole, rel=1e-4), name
+    for name in ("moved20", "moved31", "moved03"):
+        # Weights, masks and position move, a new optimizer starts: the next loss is the same.
+        ours = losses(runs / name)
+        assert ours.keys() == whole.keys()
+        assert ours[SWITCH] == pytest.approx(whole[SWITCH], rel=1e-4), name
+        assert summary(runs / name)["phase"] == "sparse"
+        assert not list((runs / name / "checkpoints").glob(".*"))

@@ -1,0 +1,113 @@
+"""Training with faults put into it; started by a launcher, once a rank.
+
+usage: faulty.py FILE, a JSON list of sessions: TrainOptions as mappings, with a "fault" beside
+them: {"kind": …, "rank": …, "place": …, "at": …}. Each rank writes how a session ended to
+FILE.<rank>, one line a session. A fault of kind "kill" or "freeze" ends or stops its process.
+
+Places: step, loss, map, broadcast, save, weights, publish, evaluate; "at" counts the calls from 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from spion_ds.errors import SpionError
+from spion_ds.training import checkpoint, coordinator, trainer
+from spion_ds.training.ranks import discover_ranks, leave
+from spion_ds.training.session import TrainOptions, run_command, train
+from spion_ds.training.stopping import Stopped
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "step": (trainer.Trainer, "_step"),
+    "loss": (trainer.F, "cross_entropy"),
+    "map": (coordinator, "_mean_map"),
+    "broadcast": (coordinator.Coordinator, "_broadcast"),
+    "layouts": (trainer, "layouts_digest"),
+    "save": (trainer, "save_checkpoint"),
+    "weights": (checkpoint, "gather_weights"),
+    "write": (checkpoint, "_save"),
+    "publish": (checkpoint, "publish"),
+    "prune": (trainer, "prune_checkpoints"),
+    "evaluate": (trainer, "evaluate"),
+}
+
+
+def act(kind: str, result: Callable[[], Any]) -> Any:
+    """Do what a fault does instead of a call, whose true result is at hand."""
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "hang":
+        signal.pause()
+    if kind == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "crash":
+        raise RuntimeError("a fault was put here")
+    if kind == "full":
+        raise OSError(28, "No space left on device")
+    if kind == "nan":
+        return result() * float("nan")
+    if kind == "other":
+        return "something else"
+    return result()
+
+
+def put(fault: dict[str, Any]) -> Any:
+    """Return a context in which the fault comes at its call of its place, on its rank."""
+    owner, name = PLACES[fault["place"]]
+    original, calls = getattr(owner, name), 0
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        here = fault["at"] <= calls < fault["at"] + fault.get("times", 1)
+        if here and discover_ranks().rank == fault["rank"]:
+            return act(fault["kind"], lambda: original(*arguments, **named))
+        return original(*arguments, **named)
+
+    return mock.patch.object(owner, name, faulty)
+
+
+def run(values: dict[str, Any]) -> None:
+    """Run one session."""
+    fault = values.pop("fault", None)
+    for name in ("run_dir", "data_dir"):
+        values[name] = Path(values[name])
+    if fault is None:
+        train(TrainOptions(**values))
+        return
+    with put(fault):
+        train(TrainOptions(**values))
+
+
+def main() -> int:
+    plan = Path(sys.argv[-1])
+    sessions = json.loads(plan.read_text())
+    if len(sessions) == 1:  # as launch/train.py does it
+        return run_command(lambda: run(sessions[0]))
+    endings = plan.with_suffix(f".{discover_ranks().rank}").open("w")
+    for number, values in enumerate(sessions):
+        torch.manual_seed(1000 + number)
+        ending = "finished"
+        try:
+            run(values)
+        except (SpionError, Stopped) as error:
+            ending = f"{type(error).__name__}: {error}"
+        endings.write(json.dumps(ending) + "\n")
+        endings.flush()
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
