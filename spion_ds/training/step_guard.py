@@ -28,7 +28,7 @@ class StepReport:
 
 
 class StepGuard:
-    """Adds up non-finite values where they arise, and shares them in one all-reduce a step.
+    """Looks at values where they arise, and shares what is not finite in one all-reduce a step.
 
     Args:
         model: whose gradients are looked at as autograd makes them.
@@ -42,24 +42,30 @@ class StepGuard:
         self, model: nn.Module, device: torch.device, *, at_once: bool, gradients: bool = True
     ) -> None:
         self.at_once = at_once
-        names = list(dict.fromkeys(_part(name) for name, _ in model.named_parameters()))
-        self.names = ["the loss", *reversed(names)]
-        # Sums of 0 × value: zero as long as every value is finite, else NaN.
-        self._sums = torch.zeros(len(self.names), device=device)
+        looked_at = [named for named in model.named_parameters() if named[1].requires_grad]
+        # Of each place in _sums; backward passes reach the last parameters first.
+        self.names = [_part(name) for name, _ in looked_at] + ["the loss"]
+        # The sum of every gradient and of the loss, a row a micro-batch: one operator each.
+        self._sums = [torch.zeros(len(self.names), device=device)]
+        self._row = 0
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         if gradients:
-            for name, parameter in model.named_parameters():
-                self._look_at(parameter, self._sums[self.names.index(_part(name))])
+            for place, (_, parameter) in enumerate(looked_at):
+                parameter.register_hook(lambda gradient, place=place: self._add(place, gradient))
 
     def add_loss(self, loss: Tensor) -> None:
-        """Look at the loss of a micro-batch."""
-        self._add(self._sums[0], loss.detach())
+        """Look at the loss of a micro-batch, after its backward pass."""
+        self._add(-1, loss)
+        self._row += 1
+        if self._row == len(self._sums):
+            self._sums.append(torch.zeros_like(self._sums[0]))
 
     def close(self, step: int, asked_to_stop: bool) -> list[StepReport]:
         """End a step on all ranks; return the reports that are ready: its own, or the last's."""
-        flags = torch.cat([self._sums.new_full((1,), asked_to_stop), ~self._sums.isfinite()])
+        sums = torch.stack(self._sums[: self._row])
+        self._row = 0
+        flags = torch.cat([sums.new_full((1,), asked_to_stop), (~sums.isfinite()).any(dim=0)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        self._sums.zero_()
         event = None
         if flags.is_cuda:
             flags = flags.to("cpu", non_blocking=True)
@@ -76,17 +82,13 @@ class StepGuard:
             if event is not None:
                 event.synchronize()
             stop, *found = flags.tolist()
-            names = [name for name, bad in zip(self.names, found, strict=True) if bad]
-            ready.append(StepReport(step, bool(stop), names))
+            bad = [name for name, flag in zip(self.names, found, strict=True) if flag]
+            ready.append(StepReport(step, bool(stop), list(dict.fromkeys(reversed(bad)))))
         return ready
 
-    def _look_at(self, parameter: nn.Parameter, total: Tensor) -> None:
-        if parameter.requires_grad:
-            parameter.register_hook(lambda gradient: self._add(total, gradient.detach()))
-
-    @staticmethod
-    def _add(total: Tensor, values: Tensor) -> None:
-        total.add_(values.sum(dtype=torch.float32).mul(0.0))
+    def _add(self, place: int, values: Tensor) -> None:
+        flat = values.detach().flatten()
+        torch.sum(flat, 0, dtype=torch.float32, out=self._sums[self._row][place])
 
 
 def _part(parameter_name: str) -> str:
