@@ -278,7 +278,7 @@ def test_scores_too_large_for_float16_before_scaling(device):
     attention = SparseSelfAttention(DenseSparsityConfig(1))
     q = torch.full((1, 1, 16, 256), 18.0, device=device, dtype=torch.float16)
     v = torch.randn(1, 1, 16, 256, device=device, dtype=torch.float16)
-    assert 256 * 18.0**2 > torch.finfo(torch.float16).max
+    assert torch.finfo(torch.float16).max < 256 * 18.0**2
     for arguments in ({}, {"rpe": torch.zeros(16, 16, device=device)}):
         out = attention(q, q, v, **arguments)  # all scores are equal
         assert_close("output", out, v.mean(dim=2, keepdim=True).expand_as(v), torch.float16)
