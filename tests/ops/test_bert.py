@@ -72,8 +72,24 @@ def test_weights_and_their_names_are_kept():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_layers_can_be_replaced_one_by_one():
-    model = bert()
+def test_no_mask_of_length_by_length_is_made():
+    model = replaced(bert(), BigBirdSparsityConfig(HEADS))
+    attention = model.encoder.layer[0].attention.self.sparse_self_attention
+    seen = []
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["key_padding_mask"]), with_kwargs=True
+    )
+    mask = padded_batch(torch.device("cpu"))["attention_mask"]
+    model(torch.ones_like(mask), attention_mask=mask)
+    assert seen[0].untyped_storage().nbytes() <= 8 * mask.numel()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_layers_can_be_replaced_one_by_one(implementation, device):
+    model = bert(attn_implementation=implementation).to(device)
+    batch = padded_batch(device)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    wanted = model(**inputs).last_hidden_state
     layers = model.encoder.layer[:1]
     same = SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
         model.config, layers, DenseSparsityConfig(HEADS)
@@ -81,6 +97,7 @@ def test_layers_can_be_replaced_one_by_one():
     assert same is layers
     assert isinstance(model.encoder.layer[0].attention.self, BertSparseSelfAttention)
     assert not isinstance(model.encoder.layer[1].attention.self, BertSparseSelfAttention)
+    torch.testing.assert_close(model(**inputs).last_hidden_state, wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -122,7 +139,10 @@ def test_what_cannot_be_replaced_is_named():
         replaced(bert(), DenseSparsityConfig(2))
     with pytest.raises(ConfigError, match="Linear is neither BERT nor RoBERTa"):
         replaced(torch.nn.Linear(2, 2), None)
-    model = replaced(bert(), None)
+    model = bert()
+    SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
+        model.config, model.encoder.layer
+    )
     causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     with pytest.raises(ConfigError, match="differs between queries"):
         model(torch.ones(1, LENGTH, dtype=torch.int64), attention_mask=causal)

@@ -274,6 +274,16 @@ def test_random_layouts_of_a_users_class_are_the_same_on_every_rank():
     assert (random.random(), torch.rand(())) == draws  # nobody's draws are disturbed
 
 
+def test_scores_too_large_for_float16_before_scaling(device):
+    attention = SparseSelfAttention(DenseSparsityConfig(1))
+    q = torch.full((1, 1, 16, 256), 18.0, device=device, dtype=torch.float16)
+    v = torch.randn(1, 1, 16, 256, device=device, dtype=torch.float16)
+    assert torch.finfo(torch.float16).max < 256 * 18.0**2
+    for arguments in ({}, {"rpe": torch.zeros(16, 16, device=device)}):
+        out = attention(q, q, v, **arguments)  # all scores are equal
+        assert_close("output", out, v.mean(dim=2, keepdim=True).expand_as(v), torch.float16)
+
+
 def test_autocast_casts_both_ways(device):
     attention = SparseSelfAttention(BSLongformerSparsityConfig(HEADS))
     tensors = draw(device)

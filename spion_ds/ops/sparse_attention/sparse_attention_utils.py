@@ -17,6 +17,7 @@ from spion_ds.sparsity import FixedSparsityConfig, SparsityConfig
 M = TypeVar("M", bound=nn.Module)
 # RoBERTa's positions start after two reserved ones.
 _RESERVED = {"bert": 0, "roberta": 2}
+_IMPLEMENTATION = "spion_ds_sparse"
 
 
 class SparseAttentionUtils:
@@ -90,6 +91,8 @@ class SparseAttentionUtils:
         )
         config: Any = model.config
         config.max_position_embeddings = max_position + reserved
+        if hasattr(model, "set_attn_implementation"):
+            _ask_for_padding_masks(model)
         return model
 
     @staticmethod
@@ -204,6 +207,30 @@ class _HuggingFaceSelfAttention(BertSparseSelfAttention):
                 )
             attention_mask = attention_mask[:, 0, 0]
         return super().forward(hidden_states, attention_mask), None
+
+
+def _ask_for_padding_masks(model: Any) -> None:
+    """Let transformers hand on its padding mask instead of making (batch, 1, L, L) of it."""
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError:  # an older version: what it makes is understood as well
+        return
+    AttentionInterface.register(_IMPLEMENTATION, _no_attention)
+    AttentionMaskInterface.register(_IMPLEMENTATION, _padding_mask)
+    model.set_attn_implementation(_IMPLEMENTATION)
+
+
+def _padding_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """Return the (batch, L) bool mask as it came."""
+    return attention_mask
+
+
+def _no_attention(module: nn.Module, *_: Any, **__: Any) -> None:
+    raise ConfigError(
+        f"{type(module).__name__} computes its own attention in a model whose attention was "
+        "replaced; load the model anew, and replace the layers that you mean with "
+        "replace_self_attention_layer_with_sparse_self_attention_layer"
+    )
 
 
 def _encoder_of(model: nn.Module) -> tuple[Any, int]:

@@ -179,12 +179,13 @@ class SparseSelfAttention(nn.Module):
             attn_mask = F.pad(attn_mask, (0, rest, 0, rest))
         if rpe is not None:
             rpe = F.pad(rpe.to(full), (0, rest, 0, rest))
+        # Scaled first: unscaled scores can be too large for float16.
+        query = query * query.shape[-1] ** -0.5
         q, k, v = (F.pad(x, (0, 0, 0, rest)) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
             probs = block_softmax(
                 multiply_sampled(q, k, index),
                 index,
-                scale=query.shape[-1] ** -0.5,
                 rpe=rpe,
                 key_padding_mask=padding,
                 attn_mask=attn_mask,
