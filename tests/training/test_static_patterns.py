@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from spion_ds.errors import CheckpointError
-from spion_ds.training.checkpoint import find_checkpoint, load_state
+from spion_ds.training.checkpoint import load_state
+from spion_ds.training.checkpoint_files import find_checkpoint
 from spion_ds.training.evaluation import load_model
 from spion_ds.training.ranks import discover_ranks
 from tests.training.launching import ROOT, TINY, command, drive, launch, losses, rows, summary
