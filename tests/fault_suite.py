@@ -115,6 +115,7 @@ def kill(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     error = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     return {
         "killed": codes[case["rank"]] == -9,
+        "finished": (run / "summary.json").exists(),
         "codes": codes,
         "seconds": time.monotonic() - died,
         "lost": max(seen - saved, 0),
@@ -125,7 +126,8 @@ def kill(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 def problems(run: Path, undisturbed: Path, case: dict[str, Any], seen: dict[str, Any]) -> list[str]:
     """Return what is not as promised."""
     found = []
-    if seen["killed"]:
+    # Killed after its work was done, it is missed by nobody.
+    if seen["killed"] and not seen["finished"]:
         others = [code for rank, code in enumerate(seen["codes"]) if rank != case["rank"]]
         if set(others) != {3}:
             found.append(f"exit codes {seen['codes']}")

@@ -110,13 +110,30 @@ def join(ranks: Ranks) -> None:
     deepspeed = import_deepspeed()
     if gpus:
         torch.cuda.set_device(ranks.local_rank)
+    backend = "nccl" if gpus else "gloo"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        _start_again(ranks, backend)  # DeepSpeed takes a group that is there
     deepspeed.init_distributed(
-        dist_backend="nccl" if gpus else "gloo",
+        dist_backend=backend,
         auto_mpi_discovery=False,
         timeout=_TIMEOUT,
         rank=ranks.rank,
         world_size=ranks.world_size,
         verbose=False,
+    )
+
+
+def _start_again(ranks: Ranks, backend: str) -> None:
+    """Start the process group apart from what an earlier attempt left in torchrun's store.
+
+    Without a rendezvous of its own (an id) torchrun keeps one store for all attempts, where the
+    new ranks would find the dead ones' addresses and wait for them.
+    """
+    store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
+        store = dist.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT
     )
 
 

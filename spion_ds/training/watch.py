@@ -51,6 +51,7 @@ class Watch:
         self._interval = min(1.0, timeout_seconds / 5)
         self._polls = max(2, round(timeout_seconds / self._interval))
         self._ticks, self._step = 0, 0
+        self._heard: str | None = None
         self._main = threading.main_thread().ident
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._look, name="spion-watch", daemon=True)
@@ -97,6 +98,7 @@ class Watch:
                         self._store.set(_VERDICT, verdict)
             except RuntimeError:
                 verdict = "rank 0, which keeps the signs of life, is gone or does not answer"
+            self._heard = self._heard or verdict
             if verdict is not None and not self._left.wait(_GRACE_SECONDS):
                 if speaks(self.ranks, verdict):
                     # Below the progress bar, which nobody can close any more.
@@ -132,7 +134,7 @@ class Watch:
                 gone = [r for r, sign in enumerate(after) if sign[0] == before[r][0]]
                 verdict = _gone(gone, after) if gone else "the ranks lost contact with one another"
         except RuntimeError:
-            verdict = "rank 0 is gone"
+            verdict = self._heard or "rank 0 is gone"
         self._report(verdict)
         return f"{verdict}; {ADVICE}"
 
