@@ -53,7 +53,7 @@ def _load() -> bool:
         warnings.warn(
             f"the C++ operators are not available, so flood fill runs in Python (the same result; "
             f"about 5 ms a layer at 64 blocks a side, 1 s at 1024), and block-sparse attention and "
-            f"attention maps on CPUs through PyTorch operators (3 to 4 and 5 to 15 times slower). "
+            f"attention maps on CPUs through PyTorch operators (3 to 4 and 5 to 30 times slower). "
             f"{_reason(error)}",
             RuntimeWarning,
             stacklevel=4,

@@ -28,7 +28,7 @@ from spion_ds.attention.dropout import HAS_TRITON
 _PACKAGES = ("triton", "deepspeed", "mpi4py", "transformers")
 _PYTHON_COST = (
     "flood fill runs in Python (1 s a layer at 1024 blocks a side), and on CPUs block-sparse "
-    "attention is 3 to 4 times and attention maps are 5 to 15 times slower"
+    "attention is 3 to 4 times and attention maps are 5 to 30 times slower"
 )
 
 
