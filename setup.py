@@ -1,17 +1,39 @@
-"""Packages spion_ds: library, recipes, and the C++ sources that are compiled on first use."""
+"""Packages spion_ds: library, recipes, and the C++ sources that are compiled on first use.
 
+With SPION_DS_PREBUILD=1 the wheel also ships the compiled operators, for the PyTorch that is
+installed while it is built (pip wheel --no-build-isolation).
+"""
+
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-here = Path(__file__).parent
+here = Path(__file__).resolve().parent
 version = next(
     line.split('"')[1]
     for line in (here / "spion_ds" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
 
+
+def prebuilt():
+    """Return the arguments of setup() that build the operators into the package, if asked for."""
+    if os.environ.get("SPION_DS_PREBUILD", "0") in ("", "0"):
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    operators = CppExtension(
+        name="spion_ds._ops",
+        sources=sorted(str(path.relative_to(here)) for path in (here / "csrc").glob("*.cpp")),
+        extra_compile_args=["-O3", "-g0", "-fopenmp"],
+        extra_link_args=["-fopenmp"],
+    )
+    return {"ext_modules": [operators], "cmdclass": {"build_ext": BuildExtension}}
+
+
 setup(
+    **prebuilt(),
     name="spion_ds",
     version=version,
     description="Dense-to-sparse training of Transformers (SPION) under DeepSpeed",

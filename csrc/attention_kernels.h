@@ -51,6 +51,31 @@ struct QueryGradients {
   int64_t token = 0;
 };
 
+// Queries that a kernel of attention maps treats at a time, and keys of one of its tiles.
+constexpr int64_t kMapQueries = 64;
+constexpr int64_t kMapKeys = 256;
+
+// A map of attention: row i is row_weights[i] times the sum over samples and heads.
+struct MapProblem {
+  Problem attention;  // q, k, their sizes and masks; block is kMapQueries
+  int64_t block;      // of the pooling
+  int64_t half;       // of the diagonal convolution: F = 2 * half + 1
+  double mean;        // what the moments are about
+  const double* row_weights;  // (L,)
+  // The softmax of each row, (batch, heads, L): its largest score in base 2, and 1 / the sum of
+  // 2^(score - largest). Rows that are left out have a number above every score, and 0.
+  float* top;
+  float* inverse;
+};
+
+// What a task adds up: the blocks that its part of the map reaches, (rows, columns), and the second
+// and third powers of its entries' distance from the mean.
+struct MapSums {
+  int64_t first_row, rows, first_column, columns;
+  double* blocks;
+  double* moments;  // null: not wanted
+};
+
 // One instruction set's kernels. Each call is one thread's; `workspace` is that thread's own.
 struct Kernels {
   // Floats that a workspace needs.
@@ -70,6 +95,14 @@ struct Kernels {
                           const QueryGradients* dq, float* workspace);
   // Writes dq of one head from float32 query gradients, (queries, stride).
   void (*store_dq)(const Problem&, int64_t b, int64_t h, const float* gradients, int64_t stride);
+  // Floats that a workspace of the two kernels below needs.
+  int64_t (*map_workspace_floats)(const MapProblem&);
+  // Writes top and inverse of the kMapQueries queries from `query` on.
+  void (*map_softmax)(const MapProblem&, int64_t b, int64_t h, int64_t query, float* workspace);
+  // Adds the entries of those queries and the kMapKeys keys from `key` on, over all samples and
+  // heads, to the sums.
+  void (*map_tile)(const MapProblem&, int64_t query, int64_t key, const MapSums&,
+                   float* workspace);
 };
 
 extern const Kernels kBaselineKernels;

@@ -27,6 +27,11 @@ typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
 typedef float Floats4 __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
 
+// Half as many numbers of twice the size.
+constexpr int kDoubleLanes = kBytes / 8;
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef float HalfFloats __attribute__((vector_size(kBytes / 2)));
+
 template <class To, class From>
 SPION_DS_INLINE To bits(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");

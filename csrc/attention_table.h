@@ -4,6 +4,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "attention_map.h"
 
 namespace {
 
@@ -14,7 +15,10 @@ constexpr Kernels this_instruction_set() {
           write_delta,
           backward_row,
           backward_column,
-          store_dq};
+          store_dq,
+          map_workspace_floats,
+          map_softmax,
+          map_tile};
 }
 
 }  // namespace

@@ -2,34 +2,23 @@
 // The specification is spion_ds/attention/reference.py; attention_tiles.h tells how the
 // kernels work.
 
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <memory>
 #include <numeric>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "attention_kernels.h"
+#include "attention_operators.h"
 
 namespace {
 
-using at::Tensor;
-using spion_ds::DType;
-using spion_ds::Kernels;
-using spion_ds::Problem;
 using spion_ds::QueryGradients;
-using spion_ds::Tokens;
 
 // The share of threads that must be busy for the backward pass to hand out whole heads. Then it
 // computes each score once instead of twice: 5 matrix products a block instead of 7.
@@ -49,41 +38,6 @@ struct Settings {
   bool pruned_zero;
   double dropout_p;
 };
-
-const Kernels& choose_kernels() {
-#ifdef SPION_DS_X86_KERNELS
-  // PyTorch's own choice, so that ATEN_CPU_CAPABILITY steers these kernels as well.
-  const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) return spion_ds::kAvx512Kernels;
-  if (capability.rfind("AVX2", 0) == 0) return spion_ds::kAvx2Kernels;
-#endif
-  return spion_ds::kBaselineKernels;
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = choose_kernels();
-  return chosen;
-}
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK(false, "cpu_attention: float32, bfloat16 or float16 tensors, got ",
-                  x.scalar_type());
-  }
-}
-
-Tensor unit_stride(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
-Tokens tokens_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Throws unless pointers (heads, blocks + 1) and indices describe blocks of a layout that exist.
 void check_index(const char* name, const Tensor& pointers, const Tensor& indices, int64_t heads,
@@ -183,8 +137,7 @@ struct Call {
     const bool* is_real = real.const_data_ptr<bool>();
     int32_t* count = seen.mutable_data_ptr<int32_t>();
     for (int64_t b = 0; b < problem.batch; ++b) {
-      *count++ = 0;
-      for (int64_t key = 0; key < problem.keys; ++key, ++count) *count = count[-1] + *is_real++;
+      count_seen(is_real + b * problem.keys, problem.keys, count + b * (problem.keys + 1));
     }
     problem.real = reinterpret_cast<const uint8_t*>(real.const_data_ptr<bool>());
     problem.seen = seen.const_data_ptr<int32_t>();
@@ -193,26 +146,6 @@ struct Call {
   Tensor q, k, v, real, seen, dropout_key;
   Problem problem;
 };
-
-// Runs task(number, workspace) for all numbers: each thread takes the next one when it is free.
-template <class Task>
-void run_tasks(const Problem& problem, int64_t tasks, int64_t extra_floats, const Task& task) {
-  constexpr int64_t kAlign = 16;  // floats of a cache line
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  const int64_t floats = kernels().workspace_floats(problem);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> memory(new float[floats + extra_floats + kAlign]);
-    void* aligned = memory.get();
-    size_t space = (floats + extra_floats + kAlign) * sizeof(float);
-    std::align(kAlign * sizeof(float), (floats + extra_floats) * sizeof(float), aligned, space);
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t number = next++; number < tasks; number = next++) {
-        task(number, static_cast<float*>(aligned));
-      }
-    }
-  });
-}
 
 // Returns, for each layout, its blocks with those that have most partners first.
 std::vector<std::vector<int32_t>> longest_first(const int32_t* pointers, int64_t layouts,
@@ -237,7 +170,8 @@ void run_blocks(const Problem& problem, const int32_t* pointers, int64_t heads, 
   const auto orders = longest_first(pointers, layouts, blocks);
   // The order of a key head is that of its first query head.
   const int64_t group = problem.heads / heads;
-  run_tasks(problem, problem.batch * heads * blocks, 0, [&](int64_t number, float* workspace) {
+  const int64_t floats = kernels().workspace_floats(problem);
+  run_tasks(problem.batch * heads * blocks, floats, [&](int64_t number, float* workspace) {
     const int64_t head = number / blocks % heads;
     const auto& order = orders[layouts == 1 ? 0 : head * group];
     task(number / blocks / heads, head, order[number % blocks], workspace);
@@ -286,7 +220,8 @@ void backward_by_heads(const Problem& problem) {
   const int64_t padded = run.padded_head_dim(problem);
   const bool in_place = problem.dtype == DType::kFloat32 && padded == problem.head_dim;
   const int64_t floats = in_place ? 0 : group * problem.queries * padded;
-  run_tasks(problem, problem.batch * problem.kv_heads, floats, [&](int64_t number, float* memory) {
+  const int64_t all = floats + run.workspace_floats(problem);
+  run_tasks(problem.batch * problem.kv_heads, all, [&](int64_t number, float* memory) {
     const int64_t b = number / problem.kv_heads;
     const int64_t kv_head = number % problem.kv_heads;
     const int64_t first_head = kv_head * group;

@@ -52,8 +52,9 @@ def _load() -> bool:
     except Exception as error:  # a toolchain fails in many ways, and none may end a run
         warnings.warn(
             f"the C++ operators are not available, so flood fill runs in Python (the same result; "
-            f"about 5 ms a layer at 64 blocks a side, 1 s at 1024) and block-sparse attention on "
-            f"CPUs through PyTorch operators (3 to 4 times slower). {_reason(error)}",
+            f"about 5 ms a layer at 64 blocks a side, 1 s at 1024), and block-sparse attention and "
+            f"attention maps on CPUs through PyTorch operators (3 to 4 and 5 to 30 times slower). "
+            f"{_reason(error)}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -66,10 +67,16 @@ def _flood_fill_fake(pooled: Tensor, threshold: float) -> Tensor:
 
 
 def _load_library() -> None:
-    for shipped in sorted(_PACKAGE.glob("_ops*.so")):
-        torch.ops.load_library(str(shipped))
-        return
-    if os.environ.get("SPION_DS_NO_COMPILE", "0") not in ("", "0"):
+    shipped = shipped_library()
+    if shipped is not None:
+        try:
+            torch.ops.load_library(str(shipped))
+            return
+        except OSError:
+            # Built against another PyTorch: compiling for this one may still work.
+            if compiling_is_off():
+                raise
+    if compiling_is_off():
         raise RuntimeError("SPION_DS_NO_COMPILE is set, so nothing is compiled.")
     sources = _find_sources()
     library = _cache_folder(sources) / "_ops.so"
@@ -79,6 +86,25 @@ def _load_library() -> None:
             if not library.exists():
                 _compile(sources, library)
     torch.ops.load_library(str(library))
+
+
+def shipped_library() -> Path | None:
+    """Return the library that was built into the package, if there is one."""
+    return next(iter(sorted(_PACKAGE.glob("_ops*.so"))), None)
+
+
+def compiled_library() -> Path:
+    """Return where the library compiled from these sources is kept, whether it is there or not.
+
+    Raises:
+        RuntimeError: the sources are not installed.
+    """
+    return _cache_folder(_find_sources()) / "_ops.so"
+
+
+def compiling_is_off() -> bool:
+    """Return whether SPION_DS_NO_COMPILE forbids compiling, and using what was compiled."""
+    return os.environ.get("SPION_DS_NO_COMPILE", "0") not in ("", "0")
 
 
 def _find_sources() -> list[Path]:
@@ -131,7 +157,7 @@ def _compile(sources: list[Path], library: Path) -> None:
         tempfile.TemporaryDirectory(
             dir=library.parent, prefix="build-", ignore_cleanup_errors=True
         ) as build,
-        _ninja_on_path(),
+        ninja_on_path(),
     ):
         cpp_extension.load(
             name="spion_ds_ops",
@@ -149,7 +175,7 @@ def _compile(sources: list[Path], library: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
+def ninja_on_path() -> Iterator[None]:
     """Let PyTorch find a ninja that is installed beside the interpreter but is not on PATH."""
     before = os.environ.get("PATH", os.defpath)
     if shutil.which("ninja") is None:

@@ -2,13 +2,16 @@
 
 from spion_ds.attention.functional import block_sparse_attention
 from spion_ds.attention.layout import BlockLayout
-from spion_ds.attention.maps import AttentionMapAccumulator, attention_map
+from spion_ds.attention.maps import AttentionMapAccumulator, attention_map, attention_skewness
 from spion_ds.attention.modules import SparseSelfAttention
+from spion_ds.attention.streaming_maps import PooledMapAccumulator
 
 __all__ = [
     "AttentionMapAccumulator",
     "BlockLayout",
+    "PooledMapAccumulator",
     "SparseSelfAttention",
     "attention_map",
+    "attention_skewness",
     "block_sparse_attention",
 ]

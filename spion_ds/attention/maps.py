@@ -10,8 +10,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spion_ds.attention.streaming_maps import (
+    MapRequest,
+    check_tensors,
+    mean_row_weights,
+    pooled_map,
+    row_counts,
+    skewness,
+)
 from spion_ds.errors import ConfigError
-from spion_ds.patterns.pooling import pool_rows, rows_needed
+from spion_ds.patterns.pooling import check_filter_size
 
 # Bytes of the probabilities of one chunk of query rows.
 _CHUNK_BYTES = 64 << 20
@@ -63,8 +71,8 @@ def attention_map(
     """Return the post-softmax attention averaged over batch and heads, without gradient.
 
     Row i is the mean over the heads and over the samples whose token i is real; a row that is
-    padding in every sample is zero. Nothing of size batch × heads × L × L is made; with ``block``,
-    nothing of size L × L either.
+    padding in every sample is zero. Nothing of size batch × heads × L × L is made; with ``block``
+    the map is pooled tile by tile, in memory for some tiles and (n, n) sums.
 
     Args:
         q: (batch, heads, L, head_dim).
@@ -84,20 +92,56 @@ def attention_map(
     """
     _check(q, k, key_padding_mask, block, filter_size)
     with torch.no_grad():
+        count = _row_counts(q, key_padding_mask)
+        if block is not None:
+            request = _request(q, k, mean_row_weights(count), key_padding_mask, causal, scale)
+            return pooled_map(request._replace(block=block, filter_size=filter_size or 1))
         length = q.shape[2]
-        count = _row_counts(q, key_padding_mask).clamp(min=1.0)[:, None]
-        if block is None:
-            total = q.new_zeros((length, length), dtype=torch.float64)
-            for rows in _chunks(length, _chunk_rows(q)):
-                total[rows] = _row_sums(q, k, rows, key_padding_mask, causal, scale)
-            return total / count
-        step = max(block, _chunk_rows(q) // block * block)
-        pooled = []
-        for rows in _chunks(length, step):
-            around = slice(*rows_needed(rows.start, rows.stop, length, filter_size))
-            strip = _row_sums(q, k, around, key_padding_mask, causal, scale) / count[around]
-            pooled.append(pool_rows(strip, rows.start, rows.stop, block, filter_size))
-        return torch.cat(pooled)
+        total = q.new_zeros((length, length), dtype=torch.float64)
+        for rows in _chunks(length, _chunk_rows(q)):
+            total[rows] = _row_sums(q, k, rows, key_padding_mask, causal, scale)
+        return total / count.clamp(min=1.0)[:, None]
+
+
+def attention_skewness(
+    q: Tensor,
+    k: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the skewness of the token-level :func:`attention_map`, without making that map.
+
+    That is the third standardised moment over all L² entries, with the population's standard
+    deviation (SAT, IEEE Access 12, 2024). It is exact for the batch that is given. It is no sum
+    over samples: the skewness of several micro-batches or ranks does not give that of their mean.
+
+    Args:
+        q, k, key_padding_mask, causal, scale: as in :func:`attention_map`.
+
+    Returns:
+        () float64 on q's device; NaN where all entries are equal.
+
+    Raises:
+        ConfigError: shapes do not fit.
+    """
+    _check(q, k, key_padding_mask, None, None)
+    with torch.no_grad():
+        weights = mean_row_weights(_row_counts(q, key_padding_mask))
+        return skewness(_request(q, k, weights, key_padding_mask, causal, scale))
+
+
+def _request(
+    q: Tensor,
+    k: Tensor,
+    row_weights: Tensor,
+    key_padding_mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> MapRequest:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return MapRequest(q, k, row_weights, key_padding_mask, causal, scale)
 
 
 def _chunks(length: int, step: int) -> Iterator[slice]:
@@ -141,7 +185,7 @@ def _row_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     batch, heads, length, _ = q_BHLD.shape
     if key_padding_mask is None:
         return q_BHLD.new_full((length,), batch * heads, dtype=torch.float64)
-    return key_padding_mask.sum(dim=0).to(torch.float64) * heads
+    return row_counts(key_padding_mask, heads)
 
 
 def _check(
@@ -151,18 +195,9 @@ def _check(
     block: int | None,
     filter_size: int | None,
 ) -> None:
-    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
-    if not fits or q.shape[1] % k.shape[1] != 0:
-        raise ConfigError(
-            "q is (batch, heads, L, head_dim) and k (batch, kv_heads, L, head_dim), kv_heads "
-            f"dividing heads; got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if key_padding_mask is not None and key_padding_mask.shape != (q.shape[0], q.shape[2]):
-        raise ConfigError(
-            f"key_padding_mask is bool {(q.shape[0], q.shape[2])}; got "
-            f"{tuple(key_padding_mask.shape)}"
-        )
+    check_tensors(q, k, key_padding_mask)
     if block is None and filter_size is not None:
         raise ConfigError("filter_size is given without block; the convolution comes with pooling")
     if block is not None and not 1 <= block <= q.shape[2]:
         raise ConfigError(f"block is {block}; allowed: 1 to the sequence length, {q.shape[2]}")
+    check_filter_size(filter_size)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spion_ds.attention.functional import block_sparse_attention
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.maps import AttentionMapAccumulator
+from spion_ds.attention.streaming_maps import PooledMapAccumulator
 from spion_ds.sparsity import SparsityConfig
 
 
@@ -40,7 +41,7 @@ class SparseSelfAttention(nn.Module):
         self.backend = backend
         # Set by whoever wants to see one forward pass; reset by the pass that it saw, so that a
         # pass recomputed for activation checkpointing is not seen twice.
-        self.observer: AttentionMapAccumulator | None = None
+        self.observer: AttentionMapAccumulator | PooledMapAccumulator | None = None
         self._layouts: dict[tuple[int, torch.device], BlockLayout | None] = {}
         self._pattern: Tensor | None = None
 

@@ -88,9 +88,9 @@ def pool_rows(
     rows = rows.detach().to(torch.float64)
     if filter_size is not None:
         rows = _convolve(rows, start, stop, filter_size)  # (stop - start, L)
-    sums = _add_groups(_add_groups(rows, block).T, block).T  # (k, n)
-    heights = _group_sizes(rows.shape[0], block, rows.device)
-    widths = _group_sizes(rows.shape[1], block, rows.device)
+    sums = add_groups(add_groups(rows, block).T, block).T  # (k, n)
+    heights = group_sizes(rows.shape[0], block, rows.device)
+    widths = group_sizes(rows.shape[1], block, rows.device)
     # A tensor of counts: dividing by a Python number multiplies by its reciprocal on a GPU.
     return sums / (heights[:, None] * widths)
 
@@ -141,7 +141,7 @@ def _convolve(rows: Tensor, start: int, stop: int, filter_size: int) -> Tensor:
     return result
 
 
-def _add_groups(values: Tensor, block: int) -> Tensor:
+def add_groups(values: Tensor, block: int) -> Tensor:
     """Add each ``block`` consecutive rows, first to last: (R, C) → (ceil(R / block), C)."""
     sums = values[::block].clone()
     for offset in range(1, min(block, values.shape[0])):
@@ -150,7 +150,7 @@ def _add_groups(values: Tensor, block: int) -> Tensor:
     return sums
 
 
-def _group_sizes(rows: int, block: int, device: torch.device) -> Tensor:
+def group_sizes(rows: int, block: int, device: torch.device) -> Tensor:
     """Return how many of ``rows`` consecutive rows fall into each group, (k,) float64."""
     sizes = torch.full((math.ceil(rows / block),), float(block), dtype=torch.float64, device=device)
     sizes[-1] = rows - block * (sizes.numel() - 1)

@@ -50,6 +50,14 @@ def test_a_shipped_library_is_used_first(compiled_together, tmp_path):
     assert finish(start(code + FILL, SPION_DS_NO_COMPILE="1")).stdout == FILLED + "True\n"
 
 
+def test_a_shipped_library_of_another_pytorch_is_passed_over(compiled_together, tmp_path):
+    folder, _ = compiled_together
+    (tmp_path / "_ops.so").write_bytes(b"no library")
+    code = f"import pathlib, spion_ds.extension as e; e._PACKAGE = pathlib.Path({str(tmp_path)!r})"
+    environment = {"SPION_DS_CACHE": str(folder.parent), "SPION_DS_NO_COMPILE": ""}
+    assert finish(start(code + FILL, **environment)).stdout == FILLED + "True\n"
+
+
 def test_without_compiling_python_gives_the_same_result(tmp_path):
     result = finish(start(FILL, SPION_DS_NO_COMPILE="1", SPION_DS_CACHE=str(tmp_path)))
     assert result.stdout == FILLED + "False\n"
@@ -100,7 +108,7 @@ def test_a_ninja_beside_the_interpreter_is_found(tmp_path, monkeypatch):
     ninja.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(ninja.parent / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with extension._ninja_on_path():
+    with extension.ninja_on_path():
         assert Path(str(shutil.which("ninja"))) == ninja
     assert os.environ["PATH"] == str(tmp_path)
 

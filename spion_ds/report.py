@@ -1,0 +1,262 @@
+"""What is installed here, what serves attention on which device, and what missing things cost.
+
+python -m spion_ds.report            # compiles nothing
+python -m spion_ds.report --build    # compiles the C++ operators, and says how long it took
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import spion_ds
+from spion_ds import extension
+from spion_ds.attention.dropout import HAS_TRITON
+
+_PACKAGES = ("triton", "deepspeed", "mpi4py", "transformers")
+_PYTHON_COST = (
+    "flood fill runs in Python (1 s a layer at 1024 blocks a side), and on CPUs block-sparse "
+    "attention is 3 to 4 times and attention maps are 5 to 30 times slower"
+)
+
+
+@dataclass
+class Report:
+    """Sections of (name, what was found), and a line for each missing thing."""
+
+    sections: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, section: str, name: str, found: str, missing: str | None = None) -> None:
+        """Add a line to a section, and one to the missing things."""
+        self.sections.setdefault(section, []).append((name, found))
+        if missing is not None:
+            self.missing.append(f"{name}: {missing}")
+
+    def text(self, colours: bool = False) -> str:
+        """Return the report, with bold titles if ``colours``."""
+        bold, plain = ("\033[1m", "\033[0m") if colours else ("", "")
+        lines = []
+        for section, entries in self.sections.items():
+            lines += [f"{bold}{section}{plain}"]
+            lines += [f"  {name:<{_WIDTH}} {found}" for name, found in entries]
+            lines += [""]
+        lines += [f"{bold}missing{plain}"]
+        lines += [f"  {line}" for line in self.missing or ["nothing"]]
+        return "\n".join(lines)
+
+
+_WIDTH = 18
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; return 0, or 1 if --build was asked for and failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m spion_ds.report", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--build", action="store_true", help="compile the C++ operators first")
+    options = parser.parse_args(arguments)
+    failed = False
+    if options.build:
+        start = time.perf_counter()
+        reason = _load_operators()
+        took = time.perf_counter() - start
+        failed = reason is not None
+        print(reason or f"the C++ operators are loaded; it took {took:.1f} s", end="\n\n")
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(describe().text(colours))
+    return int(failed)
+
+
+def describe() -> Report:
+    """Return what was found; compiles nothing, and writes nothing."""
+    report = Report()
+    _versions(report)
+    _devices(report)
+    compiler = _tools(report)
+    operators = _operators(report, compiler)
+    _gpu_kernels(report)
+    _backends(report, operators)
+    return report
+
+
+def _versions(report: Report) -> None:
+    section = "versions"
+    report.add(section, "spion_ds", f"{spion_ds.__version__} in {Path(spion_ds.__file__).parent}")
+    report.add(section, "python", f"{platform.python_version()} at {sys.executable}")
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    report.add(section, "torch", f"{torch.__version__}, {cuda}")
+    lines = {
+        "triton": "on GPUs block-sparse attention and maps run through PyTorch operators, "
+        "several times slower; pip install 'spion_ds[gpu]'"
+        if torch.cuda.is_available()
+        else None,
+        "deepspeed": "launch/train.py does not run, attention and patterns do; pip install "
+        "deepspeed",
+        "mpi4py": "runs cannot be started with mpirun, other launchers can; pip install "
+        "'spion_ds[mpi]'",
+        "transformers": None,
+    }
+    for package in _PACKAGES:
+        version = _version(package)
+        missing = lines[package] if version is None else None
+        report.add(section, package, version or "not installed", missing)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices(report: Report) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    report.add("devices", "cpu", f"{platform.machine()}, {capability}, {threads} threads")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        size = properties.total_memory / 2**30
+        found = f"{properties.name}, {properties.major}.{properties.minor}, {size:.0f} GiB"
+        report.add("devices", f"cuda:{index}", found)
+    if torch.cuda.device_count() == 0:
+        report.add(
+            "devices",
+            "cuda",
+            "none",
+            "everything runs on the CPU; install a PyTorch with CUDA where there is a GPU"
+            if torch.version.cuda is None
+            else "everything runs on the CPU; if there is a GPU, see what nvidia-smi says",
+        )
+
+
+def _tools(report: Report) -> str | None:
+    """Add compiler, ninja and nvcc; return why nothing can be compiled, None if it can."""
+    wanted = os.environ.get("CXX") or "c++"
+    # CXX may have arguments, or a launcher in front.
+    compiler, why = shutil.which(wanted.split()[0]), None
+    if compiler is None:
+        why = f"there is no C++ compiler ({wanted})"
+        report.add("tools", "C++ compiler", f"{wanted} is not on PATH")
+    else:
+        report.add("tools", "C++ compiler", f"{compiler} ({_first_line(compiler, '--version')})")
+    with extension.ninja_on_path():
+        ninja = shutil.which("ninja")
+        found = f"{ninja} ({_first_line(ninja, '--version')})" if ninja else "not found"
+    report.add("tools", "ninja", found)
+    if ninja is None:
+        why = why or "there is no ninja"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    missing = 'only backend="hopper" needs it; install the CUDA toolkit 12.3 or newer'
+    needed = nvcc is None and _has_hopper()
+    report.add("tools", "nvcc", nvcc or "not found", missing if needed else None)
+    return why
+
+
+def _operators(report: Report, no_tools: str | None) -> bool:
+    """Add the C++ operators; return whether they serve, compiled on first use if need be."""
+    section, name = "operators", "C++ operators"
+    shipped = extension.shipped_library()
+    remedy = "see above"
+    if shipped is not None:
+        found, there = f"built into the package, {shipped}", True
+    elif extension.compiling_is_off():
+        found, there = "SPION_DS_NO_COMPILE is set: not compiled, nor loaded from the cache", False
+        remedy = "unset SPION_DS_NO_COMPILE, or install a wheel built with SPION_DS_PREBUILD=1"
+    else:
+        try:
+            library = extension.compiled_library()
+        except RuntimeError as error:
+            report.add(section, name, str(error), f"{_PYTHON_COST}; reinstall spion_ds")
+            return False
+        if library.exists():
+            found, there = f"compiled, {library}", True
+        elif no_tools is None:
+            report.add(section, name, f"compiled on first use, 10 to 60 s, into {library.parent}")
+            return True
+        else:
+            found, there = f"not compiled, and cannot be: {no_tools}", False
+            remedy = "install a C++ compiler and ninja, or a wheel built with SPION_DS_PREBUILD=1"
+    if there and (reason := _load_operators()) is not None:
+        found, there = f"{found}, but does not load: {reason}", False
+        remedy = "remove that file, so that it is compiled again"
+    report.add(section, name, found, None if there else f"{_PYTHON_COST}; {remedy}")
+    return there
+
+
+def _gpu_kernels(report: Report) -> None:
+    if not HAS_TRITON:
+        found = "Triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        found = "interpreted, for tests (TRITON_INTERPRET=1)"
+    elif torch.cuda.is_available():
+        cache = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+        found = f"compiled on first use of each, seconds, into {cache}"
+    else:
+        found = "for CUDA devices, of which there is none"
+    report.add("operators", "Triton kernels", found)
+    if not _has_hopper():
+        found = "for GPUs of compute capability 9.0, of which there is none"
+    else:
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+        built = next(Path(root).expanduser().rglob("spion_ds_hopper.so"), None)
+        found = f"compiled, {built}" if built else f"compiled on first use, minutes, into {root}"
+    report.add("operators", "Hopper kernels", found)
+
+
+def _backends(report: Report, operators: bool) -> None:
+    section = 'attention backend of "auto"'
+    if operators:
+        report.add(section, "cpu", "cpp: the C++ operators (float64: torch)")
+    else:
+        report.add(section, "cpu", "torch: the C++ operators are not available")
+    if not torch.cuda.is_available():
+        return
+    if not HAS_TRITON:
+        report.add(section, "cuda", "torch: Triton is not installed")
+        return
+    found = "triton: blocks of 16 to 128, head_dim to 256, bf16, fp16, fp32 (others: torch)"
+    report.add(section, "cuda", found)
+    if _has_hopper():
+        report.add(section, "", 'hopper serves only when asked for: backend="hopper"')
+
+
+def _has_hopper() -> bool:
+    count = torch.cuda.device_count()
+    return any(torch.cuda.get_device_capability(index) == (9, 0) for index in range(count))
+
+
+def _load_operators() -> str | None:
+    """Load the C++ operators, compiling them if need be; return why not, None if it worked."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if extension.operators_available():
+            return None
+    said = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    return said[-1] if said else "the C++ operators are not available"
+
+
+def _first_line(*command: str) -> str:
+    """Return the first line that a command prints."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"does not run: {error}"
+    return next(iter((run.stdout or run.stderr).splitlines()), "says nothing")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The installation report: says what is there and what is not, and compiles nothing by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spion_ds import extension, report
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the report with an empty cache of its own."""
+    given = {"SPION_DS_CACHE": str(cache), "SPION_DS_NO_COMPILE": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "spion_ds.report", *arguments],
+        env={**os.environ, **given, **environment},
+        cwd=cache,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_it_says_what_is_there_and_compiles_nothing(tmp_path):
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for word in ("versions", "devices", "tools", "operators", "missing", "python", "deepspeed"):
+        assert word in result.stdout
+    assert f"compiled on first use, 10 to 60 s, into {tmp_path}" in result.stdout
+    assert "cpp: the C++ operators (float64: torch)" in result.stdout
+    assert "\033" not in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_compiler_is_named_with_its_cost_and_its_remedy(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = run(tmp_path / "empty", PATH=str(empty), CXX="")
+    assert result.returncode == 0, result.stderr
+    assert "c++ is not on PATH" in result.stdout
+    assert "not compiled, and cannot be: there is no C++ compiler (c++)" in result.stdout
+    assert "torch: the C++ operators are not available" in result.stdout
+    missing = result.stdout.split("missing\n")[1]
+    assert "3 to 4 times" in missing
+    assert "install a C++ compiler and ninja" in missing
+
+
+def test_forbidden_compiling_is_the_reason_that_is_given(tmp_path):
+    result = run(tmp_path, SPION_DS_NO_COMPILE="1")
+    assert result.returncode == 0, result.stderr
+    assert "SPION_DS_NO_COMPILE is set" in result.stdout
+    assert "unset SPION_DS_NO_COMPILE" in result.stdout.split("missing\n")[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_build_says_why_and_is_no_success(tmp_path):
+    result = run(tmp_path, "--build", CXX="false")
+    assert result.returncode == 1
+    assert "the C++ operators are not available" in result.stdout
+    # What follows is still the whole report.
+    assert "versions" in result.stdout
+    assert "missing" in result.stdout
+
+
+def test_build_says_how_long_it_took(monkeypatch, capsys):
+    monkeypatch.setattr(extension, "operators_available", lambda: True)
+    assert report.main(["--build"]) == 0
+    assert "the C++ operators are loaded; it took 0.0 s" in capsys.readouterr().out
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPION_DS_NO_COMPILE", raising=False)
+    monkeypatch.setenv("SPION_DS_CACHE", str(tmp_path))
+    monkeypatch.setattr(extension, "_available", None)
+    library = extension.compiled_library()
+    library.parent.mkdir()
+    library.write_bytes(b"no library")
+    found = report.Report()
+    assert not report._operators(found, None)
+    [(_, line)] = found.sections["operators"]
+    assert line.startswith(f"compiled, {library}, but does not load:")
+    assert "remove that file" in found.missing[0]
+
+
+def test_titles_are_bold_only_when_asked_for():
+    shown = report.Report()
+    shown.add("tools", "ninja", "not found", "costs something")
+    assert shown.text() == (
+        "tools\n  ninja              not found\n\nmissing\n  ninja: costs something"
+    )
+    assert shown.text(colours=True).startswith("\033[1mtools\033[0m")
