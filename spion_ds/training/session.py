@@ -97,11 +97,11 @@ def run_command(command: Callable[[], object]) -> int:
     except Stopped:
         return STOPPED_EXIT
     except SpionError as error:
-        if discover_ranks().is_first or (
-            isinstance(error, LostRankError) and speaks(discover_ranks(), str(error))
-        ):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return LOST_RANK_EXIT if isinstance(error, LostRankError) else USER_ERROR_EXIT
+        lost = isinstance(error, LostRankError)
+        if discover_ranks().is_first or (lost and speaks(discover_ranks(), str(error))):
+            line = "\n" if lost else ""  # a progress bar may stand on this one
+            print(f"{line}error: {error}", file=sys.stderr, flush=True)
+        return LOST_RANK_EXIT if lost else USER_ERROR_EXIT
     finally:
         leave()
     return 0

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +33,7 @@ from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
 from spion_ds.training.deepspeed_config import with_universal_checkpoint
 from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
+from spion_ds.training.optimizer_hooks import clip_by_value, step_unless
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
@@ -92,8 +91,8 @@ class Trainer:
             config=deepspeed_config,
         )
         self._skipping = False
-        _clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
-        _step_unless(self.engine.basic_optimizer, lambda: self._skipping)
+        clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
+        step_unless(self.engine.basic_optimizer, lambda: self._skipping)
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
@@ -392,30 +391,3 @@ def _count(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
     sums[0] += loss * size
     sums[1] += (logits.argmax(dim=-1) == labels).sum()
     sums[2] += size
-
-
-def _step_unless(optimizer: torch.optim.Optimizer, skipping: Callable[[], bool]) -> None:
-    """Let DeepSpeed take its step as ever, but the optimizer inside it only unless skipping."""
-    step = optimizer.step
-
-    def guarded(*arguments: Any, **named: Any) -> Any:
-        return None if skipping() else step(*arguments, **named)
-
-    vars(optimizer)["step"] = guarded
-
-
-def _clip_by_value(optimizer: torch.optim.Optimizer, bound: float | None) -> None:
-    """Clip every gradient element just before the optimizer uses it.
-
-    Elementwise, so it is as right on ZeRO's flat partitions as on whole gradients.
-    """
-    if bound is None:
-        return
-
-    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.clamp_(-bound, bound)
-
-    optimizer.register_step_pre_hook(clip)

@@ -97,7 +97,7 @@ class Watch:
                     if verdict is not None:
                         self._store.set(_VERDICT, verdict)
             except RuntimeError:
-                verdict = "rank 0, which keeps the signs of life, is gone or does not answer"
+                verdict = "rank 0 is gone or does not answer"
             self._heard = self._heard or verdict
             if verdict is not None and not self._left.wait(_GRACE_SECONDS):
                 if speaks(self.ranks, verdict):
