@@ -77,5 +77,8 @@ def test_summary_table_says_what_was_measured() -> None:
     table = summary_table(summary)
     for text in ("500.0", "250.0", "5.0%", "2.00×", "38.12%", "17.00%", "step 10, sparse"):
         assert text in table
-    dense = {**summary, "speed_up": None, "sparse": {**row, "seconds_per_step": None}}
+    untimed = {**row, "seconds_per_step": None, "steps": 0}
+    dense = {**summary, "speed_up": None, "phase": "dense", "sparse": untimed}
     assert "stayed dense" in summary_table(dense)
+    static = {**summary, "speed_up": None, "dense": untimed}
+    assert "sparse from its first step" in summary_table(static)
