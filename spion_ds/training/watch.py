@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -76,7 +77,7 @@ class Watch:
         try:
             if error is None:
                 self.agreement.barrier()
-            elif _in_collective(_frames_of(trace)):
+            elif _lost_contact(error, trace):
                 raise LostRankError(self._cause()) from error
             else:
                 self._report(f"rank {self.ranks.rank} failed: {type(error).__name__}: {error}")
@@ -219,6 +220,14 @@ def _frames_of(trace: TracebackType | None) -> list[str]:
         names.append(trace.tb_frame.f_code.co_filename)
         trace = trace.tb_next
     return names
+
+
+def _lost_contact(error: BaseException, trace: TracebackType | None) -> bool:
+    """Return whether an error comes of a collective operation: another rank's failure."""
+    # A handle that was waited for leaves no frame of torch.distributed, but gloo's own message.
+    if isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|closed by peer", str(error)):
+        return True
+    return isinstance(error, dist.DistError) or _in_collective(_frames_of(trace))
 
 
 def _in_collective(file_names: list[str]) -> bool:
