@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from spion_ds.training.ranks import end_process
 from spion_ds.training.session import EvaluateOptions, evaluate_checkpoint, run_command
 
 
@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

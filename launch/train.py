@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from spion_ds.training.config import recipe_names
+from spion_ds.training.ranks import end_process
 from spion_ds.training.session import DEFAULT_RECIPE, TrainOptions, run_command, train
 
 
@@ -47,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spion_ds.training.ranks import leave
+from spion_ds.training.ranks import end_process, leave
 from spion_ds.training.session import TrainOptions, train
 
 
@@ -27,3 +27,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)
