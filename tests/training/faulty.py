@@ -22,7 +22,7 @@ import torch
 
 from spion_ds.errors import SpionError
 from spion_ds.training import checkpoint, coordinator, trainer
-from spion_ds.training.ranks import discover_ranks, leave
+from spion_ds.training.ranks import discover_ranks, end_process, leave
 from spion_ds.training.session import TrainOptions, run_command, train
 from spion_ds.training.stopping import Stopped
 
@@ -110,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
