@@ -23,7 +23,8 @@ from timing import graph_ms, machine_lines
 from spion_ds.attention import BlockLayout, block_sparse_attention, triton_backend
 from spion_ds.attention.triton_tiles import TABLE, Tiles
 
-KERNELS = ("fwd", "dq", "dkv")
+# Forward; backward by rows, by columns, and by both in one launch.
+KERNELS = ("fwd", "dq", "dkv", "both")
 # Batch, heads and tokens that fill a GPU, and a density, by head_dim.
 SIZES = {32: (64, 2, 2048, 0.045), 64: (2, 8, 16384, 0.10), 128: (2, 8, 8192, 0.10)}
 SIZES[256] = (1, 8, 4096, 0.10)
@@ -31,7 +32,7 @@ SIZES[256] = (1, 8, 4096, 0.10)
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration for all three kernels."""
+    """One configuration for all kernels."""
 
     head_dim: int
     block: int
@@ -63,9 +64,10 @@ def inputs_of(job: Job, small: bool) -> tuple[list[torch.Tensor], torch.Tensor, 
 
 
 def launches_of(job: Job, small: bool = False) -> list[tuple[Any, ...]]:
-    """Run forward and backward once; return the arguments of the three launches."""
+    """Run forward and backward in both ways; return the launches' arguments, as in KERNELS."""
     made: list[tuple[Any, ...]] = []
-    launch, choose = triton_backend._launch, triton_backend.choose_tiles
+    names = ("_launch", "choose_tiles", "find_tiles")
+    launch, choose, find = (getattr(triton_backend, name) for name in names)
 
     def record(*arguments: Any) -> None:
         made.append(arguments)
@@ -75,12 +77,15 @@ def launches_of(job: Job, small: bool = False) -> list[tuple[Any, ...]]:
     triton_backend.choose_tiles = lambda *_: job.tiles
     try:
         qkv, grad, layout = inputs_of(job, small)
-        out = block_sparse_attention(*qkv, layout, backend="triton")
-        torch.autograd.grad(out, qkv, grad)
+        for both in (None, job.tiles):
+            triton_backend.find_tiles = lambda *_, both=both: both
+            out = block_sparse_attention(*qkv, layout, backend="triton")
+            torch.autograd.grad(out, qkv, grad)
         torch.cuda.synchronize()
     finally:
-        triton_backend._launch, triton_backend.choose_tiles = launch, choose
-    return made
+        for name, original in zip(names, (launch, choose, find), strict=True):
+            setattr(triton_backend, name, original)
+    return [*made[:3], made[4]]
 
 
 def compile_job(job: Job) -> str | None:

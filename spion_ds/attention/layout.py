@@ -10,6 +10,9 @@ from torch import Tensor
 
 from spion_ds.errors import ConfigError
 
+# Tokens of a column's kept blocks, over which it may be cut into parts that run side by side.
+LONGEST_PART = 1024
+
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
@@ -24,8 +27,10 @@ class BlockLayout:
         col_idx: (kept,) int32 key block of each kept block, in (head, row, column) order.
         col_ptr: (heads, num_cols + 1) int32; the same by columns, into ``row_idx``.
         row_idx: (kept,) int32 query block of each kept block, in (head, column, row) order.
-        col_order: (heads, num_cols + 1) int32; the columns of each head by kept blocks, most
-            first, then how many columns come first as hot: more than twice the mean in some head.
+        col_order: (heads, num_cols) int32; the columns of each head that are not cut, most kept
+            blocks first, then -1.
+        col_parts: (heads, parts, 3) int32; the parts of the long columns of each head: column,
+            which of its parts, how many it has; then -1.
         above_diagonal: whether a block wholly above the diagonal is kept.
     """
 
@@ -37,14 +42,15 @@ class BlockLayout:
     col_ptr: Tensor
     row_idx: Tensor
     col_order: Tensor
+    col_parts: Tensor
     above_diagonal: bool
     # What a backend derives from the layout once (groupings, launch orders), keyed by its name.
     plans: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         # torch.compile shall not trace again for a layout that keeps more or fewer blocks.
-        for index in (self.col_idx, self.row_idx):
-            torch._dynamo.maybe_mark_dynamic(index, 0)
+        for index, dim in ((self.col_idx, 0), (self.row_idx, 0), (self.col_parts, 1)):
+            torch._dynamo.maybe_mark_dynamic(index, dim)
 
     @classmethod
     @torch.compiler.disable  # its shapes depend on the mask's values
@@ -71,12 +77,10 @@ class BlockLayout:
         row_ptr, col_idx = _index(kept)
         col_ptr, row_idx = _index(kept.transpose(1, 2))
         _, rows, cols = kept.shape
-        col_order = _launch_order(kept.sum(dim=1))
+        col_order, col_parts = _divide_columns(kept.sum(dim=1), block)
         above_diagonal = bool(kept.triu(1).any())
-        layout = cls(
-            block, rows, cols, row_ptr, col_idx, col_ptr, row_idx, col_order, above_diagonal
-        )
-        return layout.to(mask.device)
+        index = (row_ptr, col_idx, col_ptr, row_idx, col_order, col_parts)
+        return cls(block, rows, cols, *index, above_diagonal).to(mask.device)
 
     @property
     def heads(self) -> int:
@@ -112,6 +116,7 @@ class BlockLayout:
             self.col_ptr.to(device),
             self.row_idx.to(device),
             self.col_order.to(device),
+            self.col_parts.to(device),
             self.above_diagonal,
         )
 
@@ -155,11 +160,27 @@ def unpack_mask(bits: bytes, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
 
 
-def _launch_order(lengths: Tensor) -> Tensor:
-    """Return ``col_order`` of columns that keep ``lengths`` (heads, num_cols) blocks."""
-    hot = (lengths > 2 * lengths.double().mean(dim=1, keepdim=True)).sum(dim=1).max()
+def _divide_columns(lengths: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return ``col_order`` and ``col_parts`` of columns that keep ``lengths`` (heads, num_cols).
+
+    A column is cut into parts of at most twice the mean, or LONGEST_PART tokens if that is more.
+    """
+    heads, num_cols = lengths.shape
+    longest = (2 * lengths.double().mean(dim=1)).clamp(min=LONGEST_PART / block).ceil().long()
+    pieces = -(-lengths // longest[:, None])  # (heads, num_cols)
     order = lengths.argsort(dim=1, descending=True, stable=True)
-    return torch.cat([order, hot.expand(len(order), 1)], dim=1).to(torch.int32)
+    col_order = torch.full((heads, num_cols), -1, dtype=torch.int32)
+    divided = []
+    for head in range(heads):
+        cut = pieces[head, order[head]] > 1
+        whole, columns = order[head, ~cut], order[head, cut]
+        col_order[head, : len(whole)] = whole
+        counts = pieces[head, columns]
+        each = torch.repeat_interleave(torch.stack([columns, counts], dim=1), counts, dim=0)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        which = torch.arange(len(each)) - first
+        divided.append(torch.stack([each[:, 0], which, each[:, 1]], dim=1).int())
+    return col_order, torch.nn.utils.rnn.pad_sequence(divided, True, -1)
 
 
 def _index(kept: Tensor) -> tuple[Tensor, Tensor]:

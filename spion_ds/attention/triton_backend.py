@@ -18,11 +18,10 @@ from torch.autograd.function import once_differentiable
 from spion_ds.attention.dropout import keep_threshold
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.triton_kernels import (
-    block_sparse_attention_bwd_dkv_kernel,
-    block_sparse_attention_bwd_dq_kernel,
+    block_sparse_attention_bwd_kernel,
     block_sparse_attention_fwd_kernel,
 )
-from spion_ds.attention.triton_tiles import MAX_HEAD_DIM, Tiles, choose_tiles
+from spion_ds.attention.triton_tiles import MAX_HEAD_DIM, Tiles, choose_tiles, find_tiles
 from spion_ds.errors import ConfigError
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,7 +58,8 @@ def block_sparse_attention_triton(
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     key = dropout_key if dropout_p > 0.0 else None
-    index = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx, layout.col_order)
+    index = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx)
+    index += (layout.col_order, layout.col_parts)
     settings = _Settings(layout.block, scale, causal, pruned == "zero", dropout_p)
     if torch.compiler.is_compiling():
         return _fwd_op(q, k, v, *index, padding, key, *settings)[0]
@@ -124,52 +124,62 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    index: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    index: tuple[Tensor, ...],
     padding: Tensor | None,
     dropout_key: Tensor | None,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    row_ptr, col_idx, col_ptr, row_idx, col_order = index
     grad, q, k, v = _unit_stride(grad), _unit_stride(q), _unit_stride(k), _unit_stride(v)
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     block, causal = settings.block, settings.causal
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
+    num_rows, num_cols = -(-queries // block), -(-keys // block)
+    parts = index[5].shape[1]
+    copies = batch * kv_heads
+    both = find_tiles("both", block, head_dim, q.dtype)
+    delta = torch.empty_like(lse) if both is None else None
+    shape = _shape_constants(q, k, index[0])
     scales = (settings.scale, settings.scale * _LOG2_E)
-    shape = _shape_constants(q, k, row_ptr)
-
-    tiles = choose_tiles("dq", block, head_dim, q.dtype)
-    num_rows = -(-queries // block)
-    _launch(
-        block_sparse_attention_bwd_dq_kernel,
-        num_rows * (block // tiles.own) * batch * heads,
-        (q, k, v, grad, out, dq),
-        (lse, delta, row_ptr, col_idx),
-        padding,
-        dropout_key,
-        (num_rows, heads, queries, keys, *scales),
-        (*shape, *_tile_constants(tiles, block, causal or keys % block != 0), causal),
-        tiles,
-        settings.dropout_p,
-    )
-    # Reads the delta that the kernel above writes.
-    tiles = choose_tiles("dkv", block, head_dim, q.dtype)
-    num_cols = -(-keys // block)
-    _launch(
-        block_sparse_attention_bwd_dkv_kernel,
-        num_cols * (block // tiles.own) * batch * kv_heads,
-        (q, k, v, grad, dk, dv),
-        (lse, delta, col_ptr, row_idx, col_order),
-        padding,
-        dropout_key,
-        (batch, num_cols, heads, queries, keys, *scales),
-        (*shape, *_tile_constants(tiles, block, queries % block != 0), causal),
-        tiles,
-        settings.dropout_p,
-    )
+    # Without parts they are never touched.
+    sums, done = lse, index[4]
+    if parts:
+        sizes = (copies, parts, 2, block, shape[1])
+        sums = torch.empty(sizes, dtype=torch.float32, device=q.device)
+        done = torch.zeros((copies, parts, block // 16), dtype=torch.int32, device=q.device)
+    for tiles, rows, columns in _backward_launches(both, block, head_dim, q.dtype):
+        each = num_rows * (heads // kv_heads) * rows + (parts + num_cols) * columns
+        _launch(
+            block_sparse_attention_bwd_kernel,
+            copies * each * (block // tiles.own),
+            (q, k, v, grad, out, dq, dk, dv),
+            (lse, delta, *index, sums, done),
+            padding,
+            dropout_key,
+            (num_rows, num_cols, parts, heads, queries, keys, *scales),
+            (
+                *shape,
+                *_tile_constants(tiles, block, causal or keys % block != 0),
+                _tail(tiles, block, queries % block != 0),
+                causal,
+                rows,
+                columns,
+            ),
+            tiles,
+            settings.dropout_p,
+        )
     return dq, dk, dv
+
+
+def _backward_launches(
+    both: Tiles | None, block: int, head_dim: int, dtype: torch.dtype
+) -> list[tuple[Tiles, bool, bool]]:
+    """Return tiles, and whether rows and columns are taken, of one launch or of two in order."""
+    if both is not None:
+        return [(both, True, True)]
+    rows, columns = (choose_tiles(name, block, head_dim, dtype) for name in ("dq", "dkv"))
+    return [(rows, True, False), (columns, False, True)]
 
 
 def _shape_constants(q: Tensor, k: Tensor, pointers: Tensor) -> tuple[int, int, str, int, bool]:
@@ -185,8 +195,11 @@ def _tile_constants(tiles: Tiles, block: int, partial: bool) -> tuple[int, int, 
     Lists ascend, so a block that is ``partial``, cut by the sequence's end or by the diagonal, is
     the last; and so is a tile of several blocks that the list does not fill.
     """
-    needed = partial or tiles.tile > block
-    return block, tiles.own, tiles.tile, max(1, block // tiles.tile) if needed else 0
+    return block, tiles.own, tiles.tile, _tail(tiles, block, partial)
+
+
+def _tail(tiles: Tiles, block: int, partial: bool) -> int:
+    return max(1, block // tiles.tile) if partial or tiles.tile > block else 0
 
 
 # Kernels by everything that they were compiled for.
@@ -225,23 +238,27 @@ def _launch(
         *constants,
     )
     device, first = strided[0].device, strided[0]
-    present = (padding is None, dropout_key is None, data[3] is None)
+    present = (padding is None, dropout_key is None, *[x is None for x in data])
     key = (kernel.__name__, device.index, first.dtype, present, constants, tiles)
     if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+            kernel[(programs,)](*arguments, **_options(tiles))
         return
     compiled = _compiled.get(key)
     usual = all(_is_aligned(x) for x in strided)
     if compiled is not None and usual:
         compiled[(programs, 1, 1)](*arguments)
         return
-    compiled = kernel[(programs,)](
-        *arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-    )
+    compiled = kernel[(programs,)](*arguments, **_options(tiles))
     # Triton compiles for alignment and for strides of more than 32 bits; only one case is kept.
     if usual and compiled is not None:
         _compiled[key] = compiled
+
+
+def _options(tiles: Tiles) -> dict[str, int]:
+    """Return Triton's launch options."""
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return options if tiles.max_registers is None else {**options, "maxnreg": tiles.max_registers}
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -262,7 +279,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        index: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        index: tuple[Tensor, ...],
         padding: Tensor | None,
         dropout_key: Tensor | None,
         settings: _Settings,
@@ -280,7 +297,10 @@ class _BlockSparseAttention(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
-_INDEX = "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, Tensor col_order"
+_INDEX = (
+    "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, Tensor col_order, "
+    "Tensor col_parts"
+)
 _REST = (
     "Tensor? padding, Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
     "float dropout_p"
@@ -299,13 +319,13 @@ _bwd_op = torch.ops.spion_ds.block_sparse_attention_bwd.default
 
 
 def _fwd_implementation(*args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, row_ptr, col_idx, _, _, _, padding, dropout_key, *settings = args
+    q, k, v, row_ptr, col_idx, _, _, _, _, padding, dropout_key, *settings = args
     return _forward(q, k, v, row_ptr, col_idx, padding, dropout_key, _Settings(*settings))
 
 
 def _bwd_implementation(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v, out, lse, *rest = args
-    index, (padding, dropout_key, *settings) = rest[:5], rest[5:]
+    index, (padding, dropout_key, *settings) = rest[:6], rest[6:]
     return _backward(
         grad, q, k, v, out, lse, tuple(index), padding, dropout_key, _Settings(*settings)
     )

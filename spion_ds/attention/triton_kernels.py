@@ -1,6 +1,6 @@
-"""The Triton kernels of block-sparse attention: forward, dQ by rows, dK and dV by columns.
+"""The Triton kernels of block-sparse attention: forward, and backward by rows and by columns.
 
-A program owns OWN tokens of one block (queries in the first two kernels, keys in the third) and
+A program owns OWN tokens of one block (keys where it writes dK and dV, else queries) and
 walks over the block's kept partners, TILE tokens at a time: a part of a block, a block, or several
 blocks gathered. Scores are in base 2: log2(e) is part of their scale. The backward pass draws the
 probabilities again from the saved log-sum-exp. No atomics, so the same inputs give the same bits.
@@ -26,8 +26,9 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 # Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
 # length then needs no other kernel.
 _DATA = ["row_ptr", "col_idx", "col_ptr", "row_idx", "col_order", "padding_ptr", "seen_ptr"]
+_DATA += ["col_parts", "sums_ptr", "done_ptr", "num_parts"]
 _DATA += ["dropout_ptr", "threshold"]
-_DATA += ["num_rows", "num_cols", "batch", "heads", "queries", "keys"]
+_DATA += ["num_rows", "num_cols", "heads", "queries", "keys"]
 
 
 @triton.jit(do_not_specialize=_DATA)
@@ -134,22 +135,32 @@ def block_sparse_attention_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=_DATA)
-def block_sparse_attention_bwd_dq_kernel(
+def block_sparse_attention_bwd_kernel(
     q: tl.tuple,
     k: tl.tuple,
     v: tl.tuple,
     grad: tl.tuple,
     out: tl.tuple,
     dq: tl.tuple,
+    dk: tl.tuple,
+    dv: tl.tuple,
     lse_ptr: tl.tensor,  # (B, H, num_rows * BLOCK)
-    delta_ptr: tl.tensor,  # (B, H, num_rows * BLOCK), written here
+    delta_ptr: tl.tensor,  # (B, H, num_rows * BLOCK), from rows to columns; None with both
     row_ptr: tl.tensor,
     col_idx: tl.tensor,
+    col_ptr: tl.tensor,
+    row_idx: tl.tensor,
+    col_order: tl.tensor,
+    col_parts: tl.tensor,
+    sums_ptr: tl.tensor,  # (B, kv heads, num_parts, 2, BLOCK, D) float32, for dK and dV of parts
+    done_ptr: tl.tensor,  # (B, kv heads, num_parts, BLOCK / OWN) int32, zeros
     padding_ptr: tl.tensor,
     dropout_ptr: tl.tensor,
     threshold: tl.tensor,
     dropout_scale: tl.tensor,
     num_rows: tl.tensor,
+    num_cols: tl.tensor,
+    num_parts: tl.tensor,
     heads: tl.tensor,
     queries: tl.tensor,
     keys: tl.tensor,
@@ -163,30 +174,128 @@ def block_sparse_attention_bwd_dq_kernel(
     BLOCK: tl.constexpr,
     OWN: tl.constexpr,
     TILE: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
+    COLUMN_TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Write dQ of OWN queries (ROWS), dK and dV of OWN keys (COLUMNS), or one of the two.
+
+    Rows alone leave delta, the row sums of dO * O, for columns alone to read. In one launch
+    neither waits for the other: the columns take those sums again, from out.
+
+    Head by head: the parts of long columns, the other columns, the rows. A part leaves its sums;
+    whichever part of a column comes last adds them up, in the parts' order.
+    """
+    parts: tl.constexpr = BLOCK // OWN
+    kv_heads = heads // GROUP
+    columns = num_parts + num_cols if COLUMNS else 0
+    each = columns + num_rows * GROUP if ROWS else columns
+    part = tl.program_id(0) % parts
+    rank = tl.program_id(0) // parts % each
+    bh = tl.program_id(0) // parts // each
+    b, kv_head = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
+    if padding_ptr is not None:
+        padding_ptr += b * keys
+    if dropout_ptr is not None:
+        dropout_ptr += b
+    if ROWS and rank >= columns:
+        h = kv_head * GROUP + (rank - columns) // num_rows
+        block = (rank - columns) % num_rows
+        layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + block
+        row_sums = (b * heads + h) * num_rows * BLOCK
+        if delta_ptr is not None:
+            delta_ptr += row_sums
+        _write_dq(
+            (q, k, v, grad, out, dq),
+            *(lse_ptr + row_sums, delta_ptr, padding_ptr),
+            *(dropout_ptr, threshold, dropout_scale),
+            (b, h, block * BLOCK + part * OWN),
+            (col_idx, tl.load(layout_row), tl.load(layout_row + 1)),
+            (queries, keys, scale, scale_log2),
+            *(HEAD_DIM, D, PRECISION, GROUP, BLOCK, OWN, TILE, ROW_TAIL, CAUSAL),
+        )
+    elif COLUMNS:
+        head = kv_head * GROUP if PER_HEAD else 0
+        divided = rank < num_parts
+        entry = col_parts + (head * num_parts + rank) * 3
+        whole = tl.load(col_order + head * num_cols + rank - num_parts, mask=~divided, other=-1)
+        column = tl.load(entry, mask=divided, other=whole)
+        piece = tl.load(entry + 1, mask=divided, other=0)
+        pieces = tl.load(entry + 2, mask=divided, other=1)
+        if column >= 0:
+            own = column * BLOCK + part * OWN
+            dk_OD, dv_OD = _sum_dk_dv(
+                (q, k, v, grad, out),
+                *(lse_ptr, delta_ptr),
+                *(dropout_ptr, threshold, dropout_scale),
+                (b, kv_head, own),
+                (col_ptr, row_idx, num_cols, column, piece, pieces),
+                (heads, num_rows * BLOCK, queries, keys, scale_log2),
+                *(HEAD_DIM, D, PRECISION, GROUP, PER_HEAD, BLOCK, OWN, TILE, COLUMN_TAIL, CAUSAL),
+            )
+            last = pieces == 1
+            if divided:
+                first_part = bh.to(tl.int64) * num_parts + rank - piece
+                sums_ptr += first_part * 2 * BLOCK * D + part * OWN * D
+                _store_sums(sums_ptr + piece * 2 * BLOCK * D, dk_OD, dv_OD, BLOCK, OWN, D)
+                # All threads' sums are written before the one that counts releases them.
+                tl.debug_barrier()
+                before = tl.atomic_add(done_ptr + first_part * parts + part, 1, sem="acq_rel")
+                last = before == pieces - 1
+                if last:
+                    dk_OD, dv_OD = _add_sums(sums_ptr, pieces, BLOCK, OWN, D)
+            if last:
+                lane_O = tl.arange(0, OWN)
+                if padding_ptr is not None:
+                    # A key's own row is all that it reaches here: masking once is enough.
+                    own_O = own + lane_O
+                    real_O = tl.load(padding_ptr + own_O, mask=own_O < keys, other=0) != 0
+                    dk_OD = tl.where(real_O[:, None], dk_OD, 0.0)
+                    dv_OD = tl.where(real_O[:, None], dv_OD, 0.0)
+                _store_tokens(dk, b, kv_head, own, lane_O, keys, dk_OD * scale, HEAD_DIM, D)
+                _store_tokens(dv, b, kv_head, own, lane_O, keys, dv_OD, HEAD_DIM, D)
+
+
+@triton.jit
+def _write_dq(
+    tensors: tl.tuple,  # q, k, v, grad, out, dq
+    lse_ptr: tl.tensor,  # of the head
+    delta_ptr: tl.tensor,  # of the head, or None
+    padding_ptr: tl.tensor,  # of the sample, or None
+    dropout_ptr: tl.tensor,  # of the sample, or None
+    threshold: tl.tensor,
+    dropout_scale: tl.tensor,
+    place: tl.tuple,  # b, h, first own token
+    partners: tl.tuple,  # column indices, start, stop
+    sizes: tl.tuple,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    TILE: tl.constexpr,
     TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
 ) -> None:
-    """Write dQ and delta, the row sums of dO * O, of OWN queries of one head."""
-    parts: tl.constexpr = BLOCK // OWN
-    part = tl.program_id(0) % (num_rows * parts)
-    bh = tl.program_id(0) // (num_rows * parts)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    own, lane_O = part * OWN, tl.arange(0, OWN)
+    """Write dQ of OWN queries, and delta where there is room for it."""
+    q, k, v, grad, out, dq = tensors
+    b, h, own = place
+    col_idx, start, stop = partners
+    queries, keys, scale, scale_log2 = sizes
+    lane_O = tl.arange(0, OWN)
     rows_O = own + lane_O
-    layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + part // parts
-    start, stop = tl.load(layout_row), tl.load(layout_row + 1)
-
     q_OD = _load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     out_OD = _load_tokens(out, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     grad_OD = _load_tokens(grad, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     delta_O = tl.sum(out_OD.to(tl.float32) * grad_OD.to(tl.float32), axis=1)
-    row_sums = (b * heads + h) * num_rows * BLOCK + rows_O
-    tl.store(delta_ptr + row_sums, delta_O)
-    lse_O = tl.load(lse_ptr + row_sums)
-    if padding_ptr is not None:
-        padding_ptr += b * keys
+    if delta_ptr is not None:
+        tl.store(delta_ptr + rows_O, delta_O)
+    lse_O = tl.load(lse_ptr + rows_O)
     if dropout_ptr is not None:
-        row_keys_O = _row_keys(tl.load(dropout_ptr + b), h, rows_O)
+        row_keys_O = _row_keys(tl.load(dropout_ptr), h, rows_O)
 
     dq_OD = tl.zeros((OWN, D), tl.float32)
     tiles = _tile_count(stop - start, BLOCK, TILE)
@@ -206,35 +315,22 @@ def block_sparse_attention_bwd_dq_kernel(
             if dropout_ptr is not None:
                 keep_OT = kept(row_keys_O[:, None], tokens_T[None, :], threshold)
                 dprobs_OT = tl.where(keep_OT, dprobs_OT * dropout_scale, 0.0)
-            dscores_OT = probs_OT * (dprobs_OT - delta_O[:, None])
-            dq_OD = tl.dot(dscores_OT.to(k_TD.dtype), k_TD, dq_OD, input_precision=PRECISION)
+            dscores_OT = (probs_OT * (dprobs_OT - delta_O[:, None])).to(k_TD.dtype)
+            dq_OD = tl.dot(dscores_OT, k_TD, dq_OD, input_precision=PRECISION)
     _store_tokens(dq, b, h, own, lane_O, queries, dq_OD * scale, HEAD_DIM, D)
 
 
-@triton.jit(do_not_specialize=_DATA)
-def block_sparse_attention_bwd_dkv_kernel(
-    q: tl.tuple,
-    k: tl.tuple,
-    v: tl.tuple,
-    grad: tl.tuple,
-    dk: tl.tuple,
-    dv: tl.tuple,
-    lse_ptr: tl.tensor,  # (B, H, num_rows * BLOCK)
-    delta_ptr: tl.tensor,  # (B, H, num_rows * BLOCK)
-    col_ptr: tl.tensor,
-    row_idx: tl.tensor,
-    col_order: tl.tensor,
-    padding_ptr: tl.tensor,
-    dropout_ptr: tl.tensor,
+@triton.jit
+def _sum_dk_dv(
+    tensors: tl.tuple,  # q, k, v, grad, out
+    lse_ptr: tl.tensor,
+    delta_ptr: tl.tensor,  # or None
+    dropout_ptr: tl.tensor,  # of the sample, or None
     threshold: tl.tensor,
     dropout_scale: tl.tensor,
-    batch: tl.tensor,
-    num_cols: tl.tensor,
-    heads: tl.tensor,
-    queries: tl.tensor,
-    keys: tl.tensor,
-    scale: tl.tensor,
-    scale_log2: tl.tensor,
+    place: tl.tuple,  # b, kv_head, first own token
+    partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces
+    sizes: tl.tuple,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -245,28 +341,30 @@ def block_sparse_attention_bwd_dkv_kernel(
     TILE: tl.constexpr,
     TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
-) -> None:
-    """Write dK and dV of OWN keys of one kv head, summed over its GROUP query heads in order."""
-    parts: tl.constexpr = BLOCK // OWN
-    kv_heads = heads // GROUP
-    bh, rank = _launch_place(col_order, tl.program_id(0) // parts, num_cols, batch * kv_heads)
-    b, kv_head = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
-    column = tl.load(col_order + (kv_head * GROUP * (num_cols + 1) if PER_HEAD else 0) + rank)
-    own, lane_O = column * BLOCK + (tl.program_id(0) % parts) * OWN, tl.arange(0, OWN)
-    own_O = own + lane_O
+) -> tl.tuple:
+    """Return dK (unscaled) and dV of OWN keys, of one of ``pieces`` pieces of their column.
 
+    Summed over the GROUP query heads of the kv head in order.
+    """
+    q, k, v, grad, out = tensors
+    b, kv_head, own = place
+    col_ptr, row_idx, num_cols, column, piece, pieces = partners
+    heads, padded, queries, keys, scale_log2 = sizes
+    lane_O = tl.arange(0, OWN)
+    own_O = own + lane_O
     k_OD = _load_tokens(k, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
     v_OD = _load_tokens(v, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
     dk_OD = tl.zeros((OWN, D), tl.float32)
     dv_OD = tl.zeros((OWN, D), tl.float32)
-    padded = tl.cdiv(queries, BLOCK) * BLOCK
+    if dropout_ptr is not None:
+        dropout_key = tl.load(dropout_ptr)
     for member in range(0, GROUP):
         h = kv_head * GROUP + member
         layout_column = col_ptr + (h * (num_cols + 1) if PER_HEAD else 0) + column
-        start, stop = tl.load(layout_column), tl.load(layout_column + 1)
+        begin, length = tl.load(layout_column), tl.load(layout_column + 1)
+        length -= begin
+        start, stop = begin + length * piece // pieces, begin + length * (piece + 1) // pieces
         row_sums = (b * heads + h) * padded
-        if dropout_ptr is not None:
-            dropout_key = tl.load(dropout_ptr + b)
         tiles = _tile_count(stop - start, BLOCK, TILE)
         plain = tl.maximum(tiles - TAIL, 0)
         for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
@@ -276,13 +374,12 @@ def block_sparse_attention_bwd_dkv_kernel(
                 grad_TD = _load_tokens(grad, b, h, first, others_T, queries, ends, HEAD_DIM, D)
                 rows_T = first + others_T
                 # Rows that do not exist have lse = +inf, so probability 0.
-                if ends:
-                    exists_T = rows_T < padded
-                    lse_T = tl.load(lse_ptr + row_sums + rows_T, mask=exists_T, other=float("inf"))
-                    delta_T = tl.load(delta_ptr + row_sums + rows_T, mask=exists_T, other=0.0)
+                lse_T = _load_sums(lse_ptr + row_sums, first, others_T, padded, ends, float("inf"))
+                if delta_ptr is None:
+                    out_TD = _load_tokens(out, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                    delta_T = tl.sum(out_TD.to(tl.float32) * grad_TD.to(tl.float32), axis=1)
                 else:
-                    lse_T = tl.load(lse_ptr + row_sums + first + others_T)
-                    delta_T = tl.load(delta_ptr + row_sums + first + others_T)
+                    delta_T = _load_sums(delta_ptr + row_sums, first, others_T, padded, ends, 0.0)
                 scores_OT = tl.dot(k_OD, tl.trans(q_TD), input_precision=PRECISION)
                 probs_OT = tl.exp2(scores_OT * scale_log2 - lse_T[None, :])
                 if CAUSAL:
@@ -298,29 +395,59 @@ def block_sparse_attention_bwd_dkv_kernel(
                 dv_OD = tl.dot(dropped_OT, grad_TD, dv_OD, input_precision=PRECISION)
                 dscores_OT = (probs_OT * (dprobs_OT - delta_T[None, :])).to(q_TD.dtype)
                 dk_OD = tl.dot(dscores_OT, q_TD, dk_OD, input_precision=PRECISION)
-    if padding_ptr is not None:
-        # A key's own row is all that it reaches here, so masking once at the end is enough.
-        real_O = tl.load(padding_ptr + b * keys + own_O, mask=own_O < keys, other=0) != 0
-        dk_OD = tl.where(real_O[:, None], dk_OD, 0.0)
-        dv_OD = tl.where(real_O[:, None], dv_OD, 0.0)
-    _store_tokens(dk, b, kv_head, own, lane_O, keys, dk_OD * scale, HEAD_DIM, D)
-    _store_tokens(dv, b, kv_head, own, lane_O, keys, dv_OD, HEAD_DIM, D)
+    return dk_OD, dv_OD
 
 
 @triton.jit
-def _launch_place(
-    col_order: tl.tensor, place: tl.tensor, num_cols: tl.tensor, copies: tl.tensor
-) -> tl.tuple:
-    """Return (sample and head, rank in the order of columns) of the ``place``-th column launched.
+def _store_sums(
+    pointer: tl.tensor,
+    dk_OD: tl.tensor,
+    dv_OD: tl.tensor,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    D: tl.constexpr,
+) -> None:
+    """Write a part's dK, and its dV a block further."""
+    place = tl.arange(0, OWN)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(pointer + place, dk_OD)
+    tl.store(pointer + BLOCK * D + place, dv_OD)
 
-    First the hot columns of all heads, so that none is left for the end; then the rest head by
-    head, so that a head's queries and gradients are in the cache while its columns need them.
-    """
-    hot = tl.load(col_order + num_cols)
-    rest = place - hot * copies
-    bh = tl.where(rest < 0, place % copies, rest // tl.maximum(num_cols - hot, 1))
-    rank = tl.where(rest < 0, place // copies, hot + rest % tl.maximum(num_cols - hot, 1))
-    return bh, rank
+
+@triton.jit
+def _add_sums(
+    pointer: tl.tensor,
+    pieces: tl.tensor,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    D: tl.constexpr,
+) -> tl.tuple:
+    """Return the sums of dK and dV over ``pieces`` parts, in their order."""
+    # Others wrote them: past the first-level cache, which is not coherent.
+    place = tl.arange(0, OWN)[:, None] * D + tl.arange(0, D)[None, :]
+    dk_OD = tl.zeros((OWN, D), tl.float32)
+    dv_OD = tl.zeros((OWN, D), tl.float32)
+    for piece in range(0, pieces):
+        sums = pointer + piece * 2 * BLOCK * D + place
+        dk_OD += tl.load(sums, cache_modifier=".cg")
+        dv_OD += tl.load(sums + BLOCK * D, cache_modifier=".cg")
+    return dk_OD, dv_OD
+
+
+@triton.jit
+def _load_sums(
+    pointer: tl.tensor,
+    first: tl.tensor,
+    others: tl.tensor,
+    padded: tl.tensor,
+    MASK: tl.constexpr,
+    OTHER: tl.constexpr,
+) -> tl.tensor:
+    """Return row sums of the tokens ``first`` + ``others``, with MASK OTHER past the last block."""
+    if MASK:
+        sums = tl.load(pointer + first + others, mask=first + others < padded, other=OTHER)
+    else:
+        sums = tl.load(pointer + first + others)
+    return sums
 
 
 @triton.jit

@@ -18,12 +18,15 @@ class Tiles(NamedTuple):
         own: tokens of a block that a program owns.
         tile: partner tokens that it takes at a time.
         num_warps, num_stages: Triton's.
+        max_registers: of a thread, so that more programs fit a multiprocessor; None: as many as
+            it takes.
     """
 
     own: int
     tile: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # By kernel, head_dim (up to) and block, for 16-bit floats.
@@ -108,6 +111,16 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     },
 }
 
+# Rows and columns in one launch, where that is faster: q, k, v and dO are then read once.
+TABLE["both"] = {
+    32: {
+        16: Tiles(16, 32, 1, 2),
+        32: Tiles(32, 32, 2, 2),
+        64: Tiles(64, 64, 4, 2),
+        128: Tiles(64, 64, 4, 2),
+    },
+}
+
 MAX_HEAD_DIM = max(TABLE["fwd"])
 
 
@@ -118,3 +131,10 @@ def choose_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> 
         return Tiles(min(block, 32), 32, 4 if head_dim <= 64 else 8, 1)
     table = TABLE[kernel]
     return table[next(width for width in table if head_dim <= width)][block]
+
+
+def find_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> Tiles | None:
+    """Return how ``kernel`` cuts blocks, None where the table has no tiles for this head_dim."""
+    if dtype == torch.float32 or head_dim > max(TABLE[kernel]):
+        return None
+    return choose_tiles(kernel, block, head_dim, dtype)

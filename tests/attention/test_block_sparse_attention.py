@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.attention import layout as layout_module
 
 from .cases import (
     BACKENDS,
@@ -106,6 +107,38 @@ def test_rows_and_columns_keep_any_number_of_blocks(lines, pruned, device):
     inputs = replace(inputs, layout=layout.to(device))
     expected = evaluate(inputs.to(torch.float64), "reference")
     assert_agree(evaluate(inputs, "torch"), expected, TOLERANCES[torch.float32])
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "case",
+    [
+        # head_dim 16 and 32 in 16 bits take rows and columns in one launch, the rest in two.
+        Case(dtype=torch.float16, dropout_p=0.3),
+        Case(block=32, head_dim=32, dtype=torch.float16, grouped=True, padding="holes"),
+        Case(head_dim=64, dtype=torch.float16, causal=True),
+        Case(lengths="fewer_keys"),
+        Case(per_head=True, grouped=True, dropout_p=0.3, padding="tail"),
+    ],
+    ids=str,
+)
+def test_long_columns_are_cut_into_parts_and_summed_in_order(case, device, monkeypatch):
+    monkeypatch.setattr(layout_module, "LONGEST_PART", 2 * case.block)
+    size = replace(SMALLER, blocks=5) if device.type == "cpu" else ON_GPU
+    inputs = make(case, size, device)
+    # The diagonal and a hot column: twice the mean is 4 blocks.
+    queries, keys = (-(-x.shape[2] // case.block) for x in (inputs.q, inputs.k))
+    mask = torch.eye(queries, keys, dtype=torch.bool).repeat(size.heads, 1, 1)
+    for head, of_head in enumerate(mask):
+        of_head[:, head if case.per_head else 0] = True
+    layout = BlockLayout.from_mask(mask if case.per_head else mask[0], case.block)
+    assert (layout.col_parts[..., 2] >= 2).any()
+    inputs = replace(inputs, layout=layout.to(device))
+    results = evaluate(inputs, "triton")
+    assert_agree(results, evaluate(inputs.to(torch.float64), "reference"), TOLERANCES[case.dtype])
+    again = evaluate(inputs, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
 @pytest.mark.gpu

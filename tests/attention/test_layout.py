@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spion_ds.attention import BlockLayout
-from spion_ds.attention.layout import pack_mask, unpack_mask
+from spion_ds.attention.layout import LONGEST_PART, pack_mask, unpack_mask
 from spion_ds.errors import ConfigError
 
 from .cases import needs_gpu
@@ -71,6 +71,26 @@ def test_indices_are_the_kept_blocks_in_order(shape, density):
     assert layout.density == len(by_rows) / mask.numel()
     for indices in (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx):
         assert indices.dtype == torch.int32
+
+
+def test_every_column_is_whole_or_cut_into_parts_of_bounded_length():
+    mask = torch.rand(3, 40, 30, generator=torch.Generator().manual_seed(0)) < 0.1
+    mask[0, :, 4] = mask[1, :, 7] = mask[1, :, 9] = True
+    layout = BlockLayout.from_mask(mask, 128)
+    lengths = mask.sum(dim=1)
+    for head in range(3):
+        whole = [column for column in layout.col_order[head].tolist() if column >= 0]
+        kept = lengths[head, whole].tolist()
+        assert kept == sorted(kept, reverse=True)
+        parts = [tuple(part) for part in layout.col_parts[head].tolist() if part[0] >= 0]
+        cut = {column: pieces for column, _, pieces in parts}
+        assert sorted(whole + list(cut)) == list(range(30))
+        assert sorted(parts) == [(c, piece, cut[c]) for c in sorted(cut) for piece in range(cut[c])]
+        longest = max(LONGEST_PART // 128, -(-2 * int(lengths[head].sum()) // 30))
+        assert all(lengths[head, column] <= longest for column in whole)
+        assert all(lengths[head, c] > longest and lengths[head, c] <= longest * cut[c] for c in cut)
+    assert (layout.col_parts[2] == -1).all()
+    assert set(layout.col_parts[1, :, 0].tolist()) >= {7, 9}
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])

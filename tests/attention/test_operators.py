@@ -40,7 +40,8 @@ def test_operators_pass_opcheck(rich, qkv, device):
     import spion_ds.attention.triton_backend  # noqa: F401
 
     layout = layout_of(device)
-    index = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx, layout.col_order)
+    index = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx)
+    index += (layout.col_order, layout.col_parts)
     options = options_of(device)
     rest = (
         options["key_padding_mask"] if rich else None,
