@@ -58,8 +58,10 @@ def block_sparse_attention_triton(
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     key = dropout_key if dropout_p > 0.0 else None
-    index = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx)
-    index += (layout.col_order, layout.col_parts)
+    index: tuple[Tensor, ...] = (
+        *(layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx),
+        *(layout.col_order, layout.col_parts),
+    )
     settings = _Settings(layout.block, scale, causal, pruned == "zero", dropout_p)
     if torch.compiler.is_compiling():
         return _fwd_op(q, k, v, *index, padding, key, *settings)[0]
@@ -284,7 +286,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         dropout_key: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        out, lse = _forward(q, k, v, *index[:2], padding, dropout_key, settings)
+        out, lse = _forward(q, k, v, index[0], index[1], padding, dropout_key, settings)
         ctx.settings = settings
         ctx.save_for_backward(q, k, v, out, lse, padding, dropout_key, *index)
         return out
