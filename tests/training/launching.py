@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny.yaml"
@@ -20,33 +23,26 @@ LIMIT_SECONDS = 280
 
 def command(launcher: str, ranks: int) -> list[str]:
     """Return the words that stand before the script."""
-    bin_folder = Path(sys.executable).parent
     port = str(_free_port())
-    return {
-        "python": [sys.executable],
-        "torchrun": [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={ranks}",
-            f"--master_port={port}",
-        ],
-        "deepspeed": [
-            str(bin_folder / "deepspeed"),
-            "--num_accelerators",
-            str(ranks),
-            "--master_port",
-            port,
-        ],
+    if launcher == "torchrun":
+        words = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        return [sys.executable, *words, f"--master_port={port}"]
+    if launcher == "deepspeed":
+        words = ["--num_accelerators", str(ranks), "--master_port", port]
+        return [_program("deepspeed"), *words]
+    if launcher == "mpirun":
         # Where there are fewer cores than ranks, mpirun must be told that this is meant.
-        "mpirun": [
-            str(bin_folder / "mpirun"),
-            "--oversubscribe",
-            "-np",
-            str(ranks),
-            sys.executable,
-        ],
-    }[launcher]
+        return [_program("mpirun"), "--oversubscribe", "-np", str(ranks), sys.executable]
+    return [sys.executable]
+
+
+def _program(name: str) -> str:
+    """Return a launcher's path: beside the interpreter, else on PATH."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is neither beside {sys.executable} nor on PATH")
+    return found
 
 
 def environment() -> dict[str, str]:
