@@ -9,6 +9,7 @@ from spion_ds.patterns.transition import (
     FixedStepRule,
     SkewnessRule,
     TransitionReport,
+    TransitionRule,
 )
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FixedStepRule",
     "SkewnessRule",
     "TransitionReport",
+    "TransitionRule",
     "flood_fill",
     "pattern_from_pooled",
     "pattern_loss",

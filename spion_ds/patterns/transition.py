@@ -119,10 +119,10 @@ class DistanceRule:
 class SkewnessRule:
     """Fires when the attention of all layers is skewed, and its pace of change is steady.
 
-    SAT's rule (IEEE Access 12, 2024). At each check d = ‖A_previous − A_now‖_F and
+    SAT's rule (IEEE Access 12, 2024). At each check d = ‖A_before − A_now‖_F and
     change = |d − d_prev| / d_prev, for each layer; the rule fires when for every layer the
     skewness of A_now is at least ``min_skewness`` and 100·change < ``max_change_percent``.
-    A_previous is always the map of the check before, so the third check is the first that can
+    A_before is always the map of the check before, so the third check is the first that can
     fire; it does not fire from a distance of 0.
 
     Args:
@@ -142,17 +142,17 @@ class SkewnessRule:
             raise ConfigError(f"max_change_percent is {max_change_percent!r}; allowed: above 0")
         self.min_skewness, self.max_change_percent = min_skewness, max_change_percent
         self._check = 0
-        self._previous: list[Tensor] = []
+        self._before: list[Tensor] = []
         self._distances: list[float] = []
 
     def update(self, maps: list[Tensor]) -> TransitionReport:
         """Take the maps of one check and say whether to switch; see :class:`DistanceRule`."""
-        _check_maps(maps, self._previous)
+        _check_maps(maps, self._before)
         check = self._check + 1
         nothing: list[float | None] = [None] * len(maps)
         skewness = [_skewness(a) for a in maps]
         # None to compare with at check 1, and no distance before at check 2.
-        distances = [_distance(*pair) for pair in zip(self._previous, maps, strict=False)]
+        distances = [_distance(*pair) for pair in zip(self._before, maps, strict=False)]
         changes = [
             abs(now - before) / before if before > 0.0 else math.inf
             for now, before in zip(distances, self._distances, strict=False)
@@ -162,7 +162,7 @@ class SkewnessRule:
             for change, skew in zip(changes, skewness, strict=True)
         )
         self._check, self._distances = check, distances
-        self._previous = [a.detach().clone() for a in maps]
+        self._before = [a.detach().clone() for a in maps]
         return TransitionReport(
             check, [*distances] or nothing, [*changes] or [*nothing], fire, skewness
         )
@@ -171,8 +171,8 @@ class SkewnessRule:
         """Return the rule's memory: an int, CPU tensors in the maps' dtype, and floats."""
         return {
             "check": self._check,
-            "previous": [a.cpu() for a in self._previous],
-            "distances": list(self._distances),
+            "before": [a.cpu() for a in self._before],
+            "last_distances": list(self._distances),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,10 +181,10 @@ class SkewnessRule:
         Raises:
             CheckpointError: ``state`` is of another rule.
         """
-        _check_keys(state, {"check", "previous", "distances"}, "skewness")
+        _check_keys(state, {"check", "before", "last_distances"}, "skewness")
         self._check = int(state["check"])
-        self._previous = [a.detach().clone() for a in state["previous"]]
-        self._distances = [float(d) for d in state["distances"]]
+        self._before = [a.detach().clone() for a in state["before"]]
+        self._distances = [float(d) for d in state["last_distances"]]
 
 
 class FixedStepRule:
@@ -211,6 +211,9 @@ class FixedStepRule:
         """
         _check_keys(state, {"check"}, "fixed-step")
         self._check = int(state["check"])
+
+
+TransitionRule = DistanceRule | FixedStepRule | SkewnessRule
 
 
 def _check_maps(maps: list[Tensor], before: list[Tensor]) -> None:
