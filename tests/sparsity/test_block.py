@@ -349,7 +349,7 @@ def test_keys_of_other_modes_are_unknown(block, words):
         ({"mode": "sat", "different_layout_per_head": True}, "per_head is True; allowed: false"),
     ],
 )
-def test_values_out_of_range_are_named(block, words):
+def test_other_modes_values_out_of_range_are_named(block, words):
     with pytest.raises(ConfigError, match=words):
         read(**block).validate(LENGTH)
 
