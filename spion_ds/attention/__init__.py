@@ -2,6 +2,7 @@
 
 from spion_ds.attention.functional import block_sparse_attention
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.learned_pattern import LearnedPattern
 from spion_ds.attention.maps import AttentionMapAccumulator, attention_map, attention_skewness
 from spion_ds.attention.modules import SparseSelfAttention
 from spion_ds.attention.streaming_maps import PooledMapAccumulator
@@ -9,6 +10,7 @@ from spion_ds.attention.streaming_maps import PooledMapAccumulator
 __all__ = [
     "AttentionMapAccumulator",
     "BlockLayout",
+    "LearnedPattern",
     "PooledMapAccumulator",
     "SparseSelfAttention",
     "attention_map",

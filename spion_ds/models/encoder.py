@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spion_ds.attention import SparseSelfAttention
+from spion_ds.attention import LearnedPattern, SparseSelfAttention
 from spion_ds.attention.dropout import dropout
 from spion_ds.settings import require
-from spion_ds.sparsity import AttentionConfig
+from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
 POOLINGS = ("masked_mean", "mean")
 # Dropout places: one in the embedding, then four a layer.
@@ -77,6 +77,7 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
+        self.pattern: LearnedPattern | None = None  # SAT's, given by the model
 
     def forward(self, x_BLE: Tensor, padding_mask: Tensor, keys: Tensor | None) -> Tensor:
         """Return (B, L, E). ``keys``: (4, B) int32 dropout keys, None for no dropout."""
@@ -85,6 +86,8 @@ class EncoderLayer(nn.Module):
         # (B, L, 3·H·D) → 3 × (B, H, L, D)
         qkv = self.qkv(self.attention_norm(x_BLE)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
+        if self.pattern is not None and self.pattern.watching:
+            self.pattern.observe(q, k, padding_mask)
         attended = self.attention(q, k, v, padding_mask, None if keys is None else keys[0])
         x_BLE = x_BLE + drop(self.projection(attended.transpose(1, 2).flatten(2)), 1)
         hidden = drop(nn.functional.gelu(self.ffn_in(self.ffn_norm(x_BLE))), 2)
@@ -133,6 +136,29 @@ class EncoderClassifier(nn.Module):
             nn.ReLU(),
             nn.Linear(config.classifier_dim, num_classes),
         )
+        self._pattern_loss: Tensor | None = None
+        self._pattern_weight = 0.0
+        if isinstance(sparse_attention, SatAttentionConfig):
+            block = sparse_attention.block
+            self._pattern_weight = sparse_attention.loss_weight * config.layers / 4
+            # Drawn last: the other weights are those of every other mode.
+            for layer in self.layers:
+                layer.pattern = LearnedPattern(-(-max_length // block), config.head_dim, block)
+
+    @property
+    def patterns(self) -> list[LearnedPattern]:
+        """SAT's learned pattern of each layer, in order; [] in other modes."""
+        return [layer.pattern for layer in self.layers if layer.pattern is not None]  # type: ignore[misc]
+
+    def take_pattern_loss(self) -> Tensor | None:
+        """Return what the last pass adds to the task's loss, () float32, once; None for nothing.
+
+        In mode ``sat`` a pass in training mode adds ``loss_weight`` times a quarter of the layers
+        (IEEE Access 12, 2024) times the sum of the layers' pattern losses, until the patterns are
+        frozen.
+        """
+        loss, self._pattern_loss = self._pattern_loss, None
+        return loss
 
     @property
     def dropout_places(self) -> int:
@@ -156,6 +182,7 @@ class EncoderClassifier(nn.Module):
                 the residual stream. Only used in training mode.
         """
         keys = dropout_keys if self.training else None
+        learning = self._watched_patterns()
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
@@ -167,7 +194,17 @@ class EncoderClassifier(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*inputs)
+        if learning:
+            losses = torch.stack([pattern() for pattern in learning])
+            self._pattern_loss = self._pattern_weight * losses.sum()
         return self.classifier(self._pool(self.norm(x), padding_mask))
+
+    def _watched_patterns(self) -> list[LearnedPattern]:
+        """Return the patterns that learn from the pass that begins, and tell them to watch it."""
+        learning = [p for p in self.patterns if p.learning] if self.training else []
+        for pattern in learning:
+            pattern.watching = True
+        return learning
 
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         if self.config.pooling == "mean":

@@ -58,7 +58,7 @@ def spion_c(attention_map: Tensor, block: int, density: float, filter_size: int 
     Raises:
         ConfigError: names the argument, its value and what is allowed.
     """
-    _check_density(density)
+    check_density(density)
     pooled = _pool(attention_map, block, _whole_filter(filter_size))
     return pattern_from_pooled(pooled, "c", density=density)
 
@@ -85,22 +85,19 @@ def pattern_from_pooled(
         raise ConfigError(unknown_name("SPION variant", variant, VARIANTS))
     check_pooled(pooled)
     if variant == "c":
-        pattern = _top_blocks(pooled, _check_density(density))
+        blocks = pooled.numel()
+        count = int(blocks * check_density(density) - pooled.shape[0])
+        pattern = top_blocks(pooled, min(max(count, 0), blocks))
     else:
         pattern = flood_fill(pooled, quantile(pooled, _check_alpha(alpha)))
     pattern.fill_diagonal_(True)
     return pattern
 
 
-def _top_blocks(pooled: Tensor, density: float) -> Tensor:
-    """Return the k = int(n²·density − n) largest blocks, the earlier in row-major order in a tie.
-
-    (n, n) bool; k is cut to 0 … n².
-    """
-    blocks = pooled.numel()
-    count = min(max(int(blocks * density - pooled.shape[0]), 0), blocks)
+def top_blocks(pooled: Tensor, count: int) -> Tensor:
+    """Return the ``count`` largest blocks, the earlier in row-major order in a tie; (n, n) bool."""
     order = pooled.detach().flatten().sort(descending=True, stable=True).indices
-    pattern = torch.zeros(blocks, dtype=torch.bool, device=pooled.device)
+    pattern = torch.zeros(pooled.numel(), dtype=torch.bool, device=pooled.device)
     pattern[order[:count]] = True
     return pattern.view_as(pooled)
 
@@ -127,7 +124,8 @@ def _check_alpha(alpha: float | None) -> float:
     return float(alpha)
 
 
-def _check_density(density: float | None) -> float:
+def check_density(density: float | None) -> float:
+    """Return ``density`` as a float, or raise ConfigError unless it is above 0, up to 1."""
     if not isinstance(density, Real) or isinstance(density, bool) or not 0.0 < density <= 1.0:
         raise ConfigError(f"density is {density!r}; allowed: above 0, up to 1 (e.g. 0.04)")
     return float(density)

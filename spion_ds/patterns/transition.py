@@ -1,4 +1,4 @@
-"""When to switch from dense to sparse attention: SPION's distance rule, and a fixed step.
+"""When to switch from dense to sparse attention: SPION's rule, SAT's rule, and a fixed step.
 
 A rule is asked at every check; how many steps lie between two checks is the caller's business.
 """
@@ -6,7 +6,7 @@ A rule is asked at every check; how many steps lie between two checks is the cal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +27,14 @@ class TransitionReport:
         distances: for each layer ‖A_before − A_now‖ (Frobenius), None where there is none yet.
         changes: for each layer the relative change of the distance, None where there is none yet.
         fire: whether all layers switch to sparse attention now.
+        skewness: for each layer the skewness of its map; empty where the rule looks at none.
     """
 
     check: int
     distances: list[float | None]
     changes: list[float | None]
     fire: bool
+    skewness: list[float] = field(default_factory=list)
 
 
 class DistanceRule:
@@ -73,7 +75,7 @@ class DistanceRule:
             ConfigError: no maps, a NaN or infinite map, or other layers or shapes than before;
                 the rule is then as it was.
         """
-        self._check_maps(maps)
+        _check_maps(maps, self._before)
         check = self._check + 1
         if check == 1:
             self._check, self._before = check, [a.detach().clone() for a in maps]
@@ -113,23 +115,76 @@ class DistanceRule:
             return False
         return int(100 * change) < self.threshold_percent
 
-    def _check_maps(self, maps: list[Tensor]) -> None:
-        if not maps or (self._before and len(maps) != len(self._before)):
-            wanted = f"{len(self._before)} as before" if self._before else "at least one"
-            raise ConfigError(f"maps has {len(maps)} layers; allowed: {wanted}")
-        for layer, a in enumerate(maps):
-            if not a.is_floating_point():
-                raise ConfigError(f"the map of layer {layer} is {a.dtype}; allowed: floating")
-            if self._before and a.shape != self._before[layer].shape:
-                raise ConfigError(
-                    f"the map of layer {layer} has shape {tuple(a.shape)}; allowed: "
-                    f"{tuple(self._before[layer].shape)} as at the first check"
-                )
-            if not torch.isfinite(a).all():
-                raise ConfigError(
-                    f"the map of layer {layer} has NaN or infinite entries: the attention of that "
-                    f"layer has overflowed; allowed: finite values"
-                )
+
+class SkewnessRule:
+    """Fires when the attention of all layers is skewed, and its pace of change is steady.
+
+    SAT's rule (IEEE Access 12, 2024). At each check d = ‖A_before − A_now‖_F and
+    change = |d − d_prev| / d_prev, for each layer; the rule fires when for every layer the
+    skewness of A_now is at least ``min_skewness`` and 100·change < ``max_change_percent``.
+    A_before is always the map of the check before, so the third check is the first that can
+    fire; it does not fire from a distance of 0.
+
+    Args:
+        min_skewness: of the third standardised moment over all entries, population's deviation.
+        max_change_percent: above 0.
+    """
+
+    def __init__(self, min_skewness: float = 1.7, max_change_percent: float = 1.3) -> None:
+        for name, value in (
+            ("min_skewness", min_skewness),
+            ("max_change_percent", max_change_percent),
+        ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ConfigError(f"{name} is {value!r}; allowed: a number")
+        if max_change_percent <= 0:
+            raise ConfigError(f"max_change_percent is {max_change_percent!r}; allowed: above 0")
+        self.min_skewness, self.max_change_percent = min_skewness, max_change_percent
+        self._check = 0
+        self._before: list[Tensor] = []
+        self._distances: list[float] = []
+
+    def update(self, maps: list[Tensor]) -> TransitionReport:
+        """Take the maps of one check and say whether to switch; see :class:`DistanceRule`."""
+        _check_maps(maps, self._before)
+        check = self._check + 1
+        nothing: list[float | None] = [None] * len(maps)
+        skewness = [_skewness(a) for a in maps]
+        # None to compare with at check 1, and no distance before at check 2.
+        distances = [_distance(*pair) for pair in zip(self._before, maps, strict=False)]
+        changes = [
+            abs(now - before) / before if before > 0.0 else math.inf
+            for now, before in zip(distances, self._distances, strict=False)
+        ]
+        fire = check > 2 and all(
+            100.0 * change < self.max_change_percent and skew >= self.min_skewness
+            for change, skew in zip(changes, skewness, strict=True)
+        )
+        self._check, self._distances = check, distances
+        self._before = [a.detach().clone() for a in maps]
+        return TransitionReport(
+            check, [*distances] or nothing, [*changes] or [*nothing], fire, skewness
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rule's memory: an int, CPU tensors in the maps' dtype, and floats."""
+        return {
+            "check": self._check,
+            "before": [a.cpu() for a in self._before],
+            "last_distances": list(self._distances),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the rule that gave ``state`` stood, bit for bit.
+
+        Raises:
+            CheckpointError: ``state`` is of another rule.
+        """
+        _check_keys(state, {"check", "before", "last_distances"}, "skewness")
+        self._check = int(state["check"])
+        self._before = [a.detach().clone() for a in state["before"]]
+        self._distances = [float(d) for d in state["last_distances"]]
 
 
 class FixedStepRule:
@@ -158,6 +213,29 @@ class FixedStepRule:
         self._check = int(state["check"])
 
 
+TransitionRule = DistanceRule | FixedStepRule | SkewnessRule
+
+
+def _check_maps(maps: list[Tensor], before: list[Tensor]) -> None:
+    """Raise ConfigError unless the maps are finite, and of the layers and shapes of ``before``."""
+    if not maps or (before and len(maps) != len(before)):
+        wanted = f"{len(before)} as before" if before else "at least one"
+        raise ConfigError(f"maps has {len(maps)} layers; allowed: {wanted}")
+    for layer, a in enumerate(maps):
+        if not a.is_floating_point():
+            raise ConfigError(f"the map of layer {layer} is {a.dtype}; allowed: floating")
+        if before and a.shape != before[layer].shape:
+            raise ConfigError(
+                f"the map of layer {layer} has shape {tuple(a.shape)}; allowed: "
+                f"{tuple(before[layer].shape)} as at the first check"
+            )
+        if not torch.isfinite(a).all():
+            raise ConfigError(
+                f"the map of layer {layer} has NaN or infinite entries: the attention of that "
+                f"layer has overflowed; allowed: finite values"
+            )
+
+
 def _distance(before: Tensor, now: Tensor) -> float:
     """Return ‖before − now‖_F in float64, the same bits on every device."""
     before = before.to(now.device).flatten()
@@ -167,18 +245,38 @@ def _distance(before: Tensor, now: Tensor) -> float:
         now.detach().flatten().split(_ENTRIES_AT_A_TIME),
         strict=True,
     ):
-        total += _sum_of_squares(a.to(torch.float64) - b.to(torch.float64))
+        difference = a.to(torch.float64) - b.to(torch.float64)
+        total += _sum(difference * difference)
     return math.sqrt(total)
 
 
-def _sum_of_squares(values: Tensor) -> float:
-    """Add the squares of a 1-D float64 tensor by halving it: elementwise adds in a fixed order."""
-    squares = values * values
-    while squares.numel() > 1:
-        half = (squares.numel() + 1) // 2
-        squares[: squares.numel() - half] += squares[half:]
-        squares = squares[:half]
-    return float(squares)
+def _skewness(a: Tensor) -> float:
+    """Return the third standardised moment in float64, the same bits on every device.
+
+    0 where all entries are equal.
+    """
+    parts = a.detach().flatten().split(_ENTRIES_AT_A_TIME)
+    mean = sum(_sum(part.to(torch.float64, copy=True)) for part in parts) / a.numel()
+    square, cube = 0.0, 0.0
+    for part in parts:
+        difference = part.to(torch.float64) - mean
+        squares = difference * difference
+        cube += _sum(squares * difference)
+        square += _sum(squares)
+    deviation = math.sqrt(square / a.numel())
+    # A mean of equal entries may be off by its rounding.
+    if deviation <= 1e-12 * abs(mean):
+        return 0.0
+    return cube / a.numel() / deviation**3
+
+
+def _sum(values: Tensor) -> float:
+    """Add up a 1-D float64 tensor, which it overwrites: elementwise adds in a fixed order."""
+    while values.numel() > 1:
+        half = (values.numel() + 1) // 2
+        values[: values.numel() - half] += values[half:]
+        values = values[:half]
+    return float(values)
 
 
 def _change(distance: float, previous: float) -> float:

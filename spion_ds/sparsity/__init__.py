@@ -11,7 +11,10 @@ from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
 from spion_ds.sparsity.fixed import FixedSparsityConfig
 from spion_ds.sparsity.local import LocalSlidingWindowSparsityConfig
 from spion_ds.sparsity.longformer import BSLongformerSparsityConfig
+from spion_ds.sparsity.modes import SatAttentionConfig
+from spion_ds.sparsity.sat import SatSparsityConfig
 from spion_ds.sparsity.spion import SpionSparsityConfig
+from spion_ds.sparsity.switching import SwitchingSparsityConfig
 from spion_ds.sparsity.variable import VariableSparsityConfig
 
 __all__ = [
@@ -21,9 +24,12 @@ __all__ = [
     "DenseSparsityConfig",
     "FixedSparsityConfig",
     "LocalSlidingWindowSparsityConfig",
+    "SatAttentionConfig",
+    "SatSparsityConfig",
     "SparseAttentionConfig",
     "SparsityConfig",
     "SpionSparsityConfig",
+    "SwitchingSparsityConfig",
     "VariableSparsityConfig",
     "read_sparse_attention",
     "take_sparse_attention_block",

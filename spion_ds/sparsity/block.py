@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.settings import read_dataclass, require
@@ -17,13 +17,13 @@ from spion_ds.sparsity.modes import (
     DenseAttentionConfig,
     FixedAttentionConfig,
     LocalAttentionConfig,
+    SatAttentionConfig,
     StaticAttentionConfig,
     VariableAttentionConfig,
     check_block,
+    check_found_in_training,
 )
 from spion_ds.sparsity.spion import VARIANTS, SpionSparsityConfig
-
-PRUNED = ("zero", "excluded")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class SparseAttentionConfig:
     density: float = 0.04
     filter_size: int = 31
     pruned: str = "zero"
+
+    restarts_optimizer: ClassVar[bool] = False
 
     @property
     def restarts_schedule(self) -> bool:
@@ -87,14 +89,7 @@ class SparseAttentionConfig:
             self.filter_size,
             "odd, from 1 up, e.g. 31",
         )
-        if self.pruned not in PRUNED:
-            raise ConfigError(unknown_name(f"{at}pruned mode", self.pruned, PRUNED))
-        require(
-            not self.different_layout_per_head,
-            f"{at}different_layout_per_head",
-            True,
-            "false (SPION makes one pattern a layer)",
-        )
+        check_found_in_training(self.pruned, self.different_layout_per_head)
 
     def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
         """Return a new SparsityConfig for one layer."""
@@ -114,7 +109,7 @@ class SparseAttentionConfig:
         return dataclasses.asdict(self)
 
 
-AttentionConfig = SparseAttentionConfig | StaticAttentionConfig
+AttentionConfig = SparseAttentionConfig | SatAttentionConfig | StaticAttentionConfig
 
 _CLASSES: dict[str, type] = {
     "dense": DenseAttentionConfig,
@@ -124,6 +119,7 @@ _CLASSES: dict[str, type] = {
     "bslongformer": BSLongformerAttentionConfig,
     "local": LocalAttentionConfig,
     "spion": SparseAttentionConfig,
+    "sat": SatAttentionConfig,
 }
 MODES = tuple(_CLASSES)
 DEFAULT_MODE = "spion"

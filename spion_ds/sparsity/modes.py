@@ -1,4 +1,4 @@
-"""The modes of a ``sparse_attention`` block whose pattern is known from the start."""
+"""The modes of a ``sparse_attention`` block beside ``spion``: static patterns, and ``sat``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from spion_ds.errors import ConfigError
+from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.settings import require
 from spion_ds.sparsity.bigbird import BigBirdSparsityConfig
 from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
 from spion_ds.sparsity.fixed import FixedSparsityConfig
 from spion_ds.sparsity.local import LocalSlidingWindowSparsityConfig
 from spion_ds.sparsity.longformer import BSLongformerSparsityConfig
+from spion_ds.sparsity.sat import SatSparsityConfig
 from spion_ds.sparsity.variable import VariableSparsityConfig
 
 BLOCKS = (16, 32, 64, 128)
+PRUNED = ("zero", "excluded")
 
 
 def check_block(block: int, sequence_length: int) -> None:
@@ -27,6 +29,18 @@ def check_block(block: int, sequence_length: int) -> None:
         "sparse_attention.block",
         block,
         f"at most the sequence length, {sequence_length}",
+    )
+
+
+def check_found_in_training(pruned: str, different_layout_per_head: bool) -> None:
+    """Raise ConfigError unless these keys of a mode whose pattern is found in training are good."""
+    if pruned not in PRUNED:
+        raise ConfigError(unknown_name("sparse_attention.pruned mode", pruned, PRUNED))
+    require(
+        not different_layout_per_head,
+        "sparse_attention.different_layout_per_head",
+        True,
+        "false (SPION and SAT make one pattern a layer)",
     )
 
 
@@ -48,6 +62,7 @@ class StaticAttentionConfig:
     # These layouts mean the usual masked softmax: a pruned key is absent.
     pruned: ClassVar[str] = "excluded"
     restarts_schedule: ClassVar[bool] = False
+    restarts_optimizer: ClassVar[bool] = False
 
     def validate(self, sequence_length: int) -> None:
         """Raise ConfigError unless every value is in range for inputs of ``sequence_length``."""
@@ -164,3 +179,50 @@ class LocalAttentionConfig(StaticAttentionConfig):
         return LocalSlidingWindowSparsityConfig(
             num_heads, self.block, self.num_sliding_window_blocks, self.attention
         )
+
+
+@dataclass(frozen=True)
+class SatAttentionConfig:
+    """Mode ``sat``: dense first, then a block pattern learned meanwhile (IEEE Access 12, 2024).
+
+    Attributes:
+        mode: ``"sat"``.
+        block: side of a block in tokens: 16, 32, 64 or 128.
+        different_layout_per_head: False; a layer's heads share its pattern.
+        density: share of blocks kept; published: image .05, listops .04, retrieval .021.
+        loss_weight: of the pattern loss beside the task's, times a quarter of the layers.
+        pruned: what a pruned entry is in the softmax: ``"zero"`` (logit 0, as published) or
+            ``"excluded"``.
+    """
+
+    mode: str = "sat"
+    block: int = 64
+    different_layout_per_head: bool = False
+    density: float = 0.04
+    loss_weight: float = 0.01
+    pruned: str = "zero"
+
+    restarts_schedule: ClassVar[bool] = False
+    restarts_optimizer: ClassVar[bool] = True
+
+    def validate(self, sequence_length: int) -> None:
+        """Raise ConfigError unless every value is in range for inputs of ``sequence_length``."""
+        at = "sparse_attention."
+        check_block(self.block, sequence_length)
+        blocks = (-(-sequence_length // self.block)) ** 2
+        require(
+            self.density <= 1.0 and int(blocks * self.density) >= 1,
+            f"{at}density",
+            self.density,
+            f"{1 / blocks:.3g} (one of {blocks} blocks) to 1",
+        )
+        require(self.loss_weight > 0.0, f"{at}loss_weight", self.loss_weight, "above 0, e.g. 0.01")
+        check_found_in_training(self.pruned, self.different_layout_per_head)
+
+    def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
+        """Return a new SparsityConfig for one layer."""
+        return SatSparsityConfig(num_heads, self.block, density=self.density)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the block as a plain mapping."""
+        return dataclasses.asdict(self)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spion_ds.errors import ConfigError, unknown_name
-from spion_ds.patterns import pattern_from_pooled, pool_map
-from spion_ds.sparsity.config import SparsityConfig
+from spion_ds.patterns import pattern_from_pooled
+from spion_ds.sparsity.switching import SwitchingSparsityConfig
 
 VARIANTS = ("cf", "c", "f")
 
 
-class SpionSparsityConfig(SparsityConfig):
+class SpionSparsityConfig(SwitchingSparsityConfig):
     """The block pattern of one layer, shared by all its heads (arXiv 2309.12578).
 
     Args:
@@ -37,11 +36,6 @@ class SpionSparsityConfig(SparsityConfig):
         filter_size: int = 31,
     ) -> None:
         super().__init__(num_heads, block, different_layout_per_head)
-        if different_layout_per_head:
-            raise ConfigError(
-                "different_layout_per_head is True; SPION makes one pattern a layer, shared by "
-                "all heads: leave it False"
-            )
         if variant not in VARIANTS:
             raise ConfigError(unknown_name("SPION variant", variant, VARIANTS))
         if not 0.0 <= alpha <= 1.0:
@@ -54,50 +48,12 @@ class SpionSparsityConfig(SparsityConfig):
         self.alpha = alpha
         self.density = density
         self.filter_size = filter_size
-        self._pattern: Tensor | None = None
-
-    @property
-    def pattern(self) -> Tensor | None:
-        """The (n, n) bool pattern on the CPU, or None while the layer is dense."""
-        return self._pattern
 
     @property
     def convolution(self) -> int | None:
         """The filter size that this variant's pooled map is made with, None without one."""
         return None if self.variant == "f" else self.filter_size
 
-    def pool(self, attention_map: Tensor) -> Tensor:
-        """Return the pooled float64 map (n, n) of an (L, L) map, as this variant wants it."""
-        return pool_map(attention_map, self.block, self.convolution)
-
-    def find_pattern(self, pooled: Tensor) -> Tensor:
+    def find_pattern(self, source: Tensor) -> Tensor:
         """Return the (n, n) bool pattern that a pooled map (n, n) gives; sets nothing."""
-        return pattern_from_pooled(pooled, self.variant, alpha=self.alpha, density=self.density)
-
-    def set_pattern(self, pattern: Tensor | None) -> None:
-        """Make the layer block-sparse with an (n, n) bool pattern, or dense again with None."""
-        if pattern is None:
-            self._pattern = None
-            return
-        if pattern.dim() != 2 or pattern.shape[0] != pattern.shape[1]:
-            raise ConfigError(f"a pattern is a square (n, n) mask; got {tuple(pattern.shape)}")
-        self._pattern = pattern.detach().to("cpu", torch.bool).clone()
-
-    def make_layout(self, seq_len: int) -> Tensor:
-        """Return the int64 layout (num_heads, n, n): all ones while there is no pattern.
-
-        Raises:
-            ConfigError: ``seq_len`` does not divide into blocks, or the pattern was found at
-                another sequence length.
-        """
-        layout = self.setup_layout(seq_len)
-        if self._pattern is None:
-            return layout.fill_(1)
-        if self._pattern.shape != layout.shape[1:]:
-            captured = self._pattern.shape[0] * self.block
-            raise ConfigError(
-                f"the pattern was found at {captured} tokens and the input has {seq_len}; pad or "
-                f"cut the input to {captured} tokens, or find a pattern at this length"
-            )
-        layout[0] = self._pattern.to(torch.int64)
-        return self.check_and_propagate_first_head_layout(layout)
+        return pattern_from_pooled(source, self.variant, alpha=self.alpha, density=self.density)

@@ -149,15 +149,18 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def gather_weights(engine: Any, config: RunConfig) -> dict[str, Tensor]:
     """Return the whole model's state dict on the CPU; call it on all ranks, use it on rank 0."""
-    parameters = list(engine.module.parameters())
-    gathered: Any = contextlib.nullcontext()
-    if zero_stage(config.resolved) == 3:
-        gathered = import_deepspeed().zero.GatheredParameters(parameters)
-    with gathered:
+    with gathered(list(engine.module.parameters()), config):
         return {
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in engine.module.state_dict().items()
         }
+
+
+def gathered(parameters: list[Any], config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which parameters are whole; all ranks enter it together."""
+    if zero_stage(config.resolved) == 3:
+        return import_deepspeed().zero.GatheredParameters(parameters)
+    return contextlib.nullcontext()
 
 
 def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import yaml
 from spion_ds.data import get_task
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.models import ModelConfig
-from spion_ds.patterns import DistanceRule, FixedStepRule
+from spion_ds.patterns import DistanceRule, FixedStepRule, SkewnessRule, TransitionRule
 from spion_ds.settings import read_dataclass, require
 from spion_ds.sparsity import (
     AttentionConfig,
@@ -27,7 +27,12 @@ from spion_ds.training.acceleration import check_acceleration
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
 
-RULES = ("distance", "fixed")
+RULES = ("distance", "fixed", "skewness")
+# What a mode does as published, where the recipe does not say otherwise.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "spion": {"rule": "distance"},
+    "sat": {"rule": "skewness", "check_every": 1},
+}
 PRECISIONS = ("fp32", "bf16", "fp16")
 ON_NONFINITE = ("stop", "skip")
 
@@ -37,9 +42,12 @@ class TransitionConfig:
     """When training goes from dense to sparse.
 
     Attributes:
-        rule: ``"distance"`` (SPION's) or ``"fixed"`` (after ``switch_step`` steps).
-        check_every: steps between two checks of the distance rule.
-        threshold_percent: the distance's change below which the rule fires.
+        rule: ``"distance"`` (SPION's, the default), ``"skewness"`` (SAT's, mode ``sat``'s
+            default) or ``"fixed"`` (after ``switch_step`` steps).
+        check_every: steps between two checks of a rule that looks at maps; 1 in mode ``sat``.
+        threshold_percent: the distance's change below which the distance rule fires.
+        min_skewness: of every layer's map for the skewness rule to fire.
+        max_change_percent: the distance's change below which the skewness rule fires.
         switch_step: dense steps under the fixed rule.
         max_dense_steps: dense steps after which the switch is forced; null waits for the rule.
     """
@@ -47,6 +55,8 @@ class TransitionConfig:
     rule: str = "distance"
     check_every: int = 500
     threshold_percent: int = 15
+    min_skewness: float = 1.7
+    max_change_percent: float = 1.3
     switch_step: int | None = None
     max_dense_steps: int | None = None
 
@@ -62,20 +72,24 @@ class TransitionConfig:
             self.threshold_percent,
             "1 to 100",
         )
+        change = self.max_change_percent
+        require(change > 0.0, f"{at}max_change_percent", change, "above 0, e.g. 1.3")
         within = f"1 to {steps - 1} (fewer than training.steps), or null"
         for name in ("switch_step", "max_dense_steps"):
             value = getattr(self, name)
             require(value is None or 1 <= value < steps, f"{at}{name}", value, within)
         if self.rule == "fixed" and self.switch_step is None:
             raise ConfigError(f"{at}switch_step is missing; the fixed rule needs it: {within}")
-        if self.rule == "distance" and self.switch_step is not None:
+        if self.rule != "fixed" and self.switch_step is not None:
             raise ConfigError(
-                f"{at}switch_step is {self.switch_step}, but the distance rule does not use it; "
+                f"{at}switch_step is {self.switch_step}, but the {self.rule} rule does not use it; "
                 f"set {at}rule=fixed, or {at}max_dense_steps instead"
             )
 
-    def build(self) -> DistanceRule | FixedStepRule:
+    def build(self) -> TransitionRule:
         """Return a new rule."""
+        if self.rule == "skewness":
+            return SkewnessRule(self.min_skewness, self.max_change_percent)
         return DistanceRule(self.threshold_percent) if self.rule == "distance" else FixedStepRule()
 
     def is_check(self, step: int) -> bool:
@@ -210,12 +224,13 @@ class RunConfig:
 
     @property
     def schedule(self) -> OneCycle:
-        """The learning rate; SPION-C and -CF restart it at the switch, F does not."""
+        """The learning rate; at the switch SPION-C's and -CF's restarts, and SAT's is halved."""
         return OneCycle(
             self.optimizer.lr,
             self.optimizer.warmup_steps,
             self.training.steps,
             restart_at_switch=self.sparse_attention.restarts_schedule,
+            sparse_lr=0.5 * self.optimizer.lr if self.sparse_attention.restarts_optimizer else None,
         )
 
     @property
@@ -226,7 +241,7 @@ class RunConfig:
     @property
     def switches(self) -> bool:
         """Whether the run starts dense and is to switch; other patterns are there from step 1."""
-        return self.sparse_attention.mode == "spion"
+        return self.sparse_attention.mode in _PUBLISHED
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the configuration as plain nested mappings that ``load`` reads again."""
@@ -309,12 +324,15 @@ def build_run_config(
     Raises:
         ConfigError: anything unknown, out of range or contradictory.
     """
-    values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()}
+    values: dict[str, Any] = {
+        k: dict(v) if isinstance(v, Mapping) else v for k, v in recipe.items()
+    }
     ds_values = json.loads(json.dumps(deepspeed or values.pop("deepspeed", {})))
     values.pop("deepspeed", None)
     layers = [values.pop("sparse_attention", None) or {}]
     mode = layers[0].get("mode", DEFAULT_MODE) if isinstance(layers[0], Mapping) else DEFAULT_MODE
     layers.append(take_sparse_attention_block(ds_values, mode) or {})
+    transition = values.pop("transition", None) or {}
     for text in overrides:
         _override(values, text)
     layers.append(values.pop("sparse_attention", {}))
@@ -324,6 +342,10 @@ def build_run_config(
             raise ConfigError(unknown_name("key", key, known))
     if "task" not in values:
         raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
+    sparse_attention = read_sparse_attention(merge_sparse_attention(layers))
+    values["transition"] = _published_or_given(
+        transition, values.get("transition", {}), str(mode), sparse_attention.mode
+    )
     task = get_task(str(values["task"]))
     data = read_dataclass(task.config_class, values.get("data") or {}, "data")
     sections: dict[str, Any] = {
@@ -333,10 +355,26 @@ def build_run_config(
         recipe=str(values.get("recipe", "run")),
         task=task.name,
         data=data,
-        sparse_attention=read_sparse_attention(merge_sparse_attention(layers)),
+        sparse_attention=sparse_attention,
         **sections,
     )
     return _validated(config, ds_values, world_size, device_type)
+
+
+def _published_or_given(
+    recipe: Any, overrides: Mapping[str, Any], recipe_mode: str, mode: str
+) -> Any:
+    """Return the ``transition`` section: what the mode does as published, recipe, overrides.
+
+    A recipe of another mode leaves behind that mode's own rule, and how often it checks.
+    """
+    if not isinstance(recipe, Mapping):
+        return recipe  # for the reader to refuse
+    published = _PUBLISHED.get(mode, _PUBLISHED["spion"])
+    before = _PUBLISHED.get(recipe_mode, _PUBLISHED["spion"])
+    if published != before and recipe.get("rule", before["rule"]) == before["rule"]:
+        recipe = {k: v for k, v in recipe.items() if k not in ("rule", "check_every")}
+    return {**published, **recipe, **overrides}
 
 
 def _validated(

@@ -13,8 +13,8 @@ from torch import Tensor
 from spion_ds.attention import AttentionMapAccumulator, SparseSelfAttention
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import SpionError
-from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport
-from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.patterns import TransitionReport, TransitionRule
+from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.ranks import Agreement
 
 _STAY, _SWITCH, _FAILED = 0, 1, 2
@@ -35,7 +35,7 @@ class Decision:
         digest: sha256 of the packed masks, hexadecimal ("" when staying dense).
         report: distances and changes; on rank 0 only.
         maps: (L, L) float32 mean map a layer; on rank 0 only.
-        pooled: (n, n) float64 pooled map a layer; on rank 0 only.
+        pooled: (n, n) float64 pooled map a layer; on rank 0 only, and where patterns come from it.
     """
 
     masks: list[Tensor] | None
@@ -50,27 +50,34 @@ class Coordinator:
 
     Args:
         rule: when to switch; only rank 0's is used.
-        sparsity_configs: one a layer; they say how a map becomes a pattern.
+        sparsity_configs: one a layer; they say how a map, or SAT's W, becomes a pattern.
         blocks: n, blocks a side.
         agreement: the control channel.
     """
 
     def __init__(
         self,
-        rule: DistanceRule | FixedStepRule,
-        sparsity_configs: Sequence[SpionSparsityConfig],
+        rule: TransitionRule,
+        sparsity_configs: Sequence[SwitchingSparsityConfig],
         blocks: int,
         agreement: Agreement,
     ) -> None:
         self.rule, self.blocks, self.agreement = rule, blocks, agreement
         self.sparsity_configs = list(sparsity_configs)
 
-    def check(self, observed: Sequence[AttentionMapAccumulator], *, force: bool) -> Decision:
+    def check(
+        self,
+        observed: Sequence[AttentionMapAccumulator],
+        *,
+        force: bool,
+        weights: Sequence[Tensor] | None = None,
+    ) -> Decision:
         """Return the decision; call it on every rank in the same step.
 
         Args:
             observed: one accumulator a layer with this rank's share of the global batch.
             force: switch even if the rule does not fire.
+            weights: SAT's W of each layer, which then gives the pattern in the pooled map's place.
 
         Raises:
             CoordinationError: on all ranks alike.
@@ -81,14 +88,16 @@ class Coordinator:
         if dist.get_rank() == 0:
             try:
                 report = self.rule.update(maps)
-                pooled = [
-                    config.pool(attention)
-                    for config, attention in zip(self.sparsity_configs, maps, strict=True)
-                ]
+                if weights is None:
+                    pooled = [
+                        config.pool(attention)
+                        for config, attention in zip(self.sparsity_configs, maps, strict=True)
+                    ]
                 if report.fire or force:
+                    sources = weights or pooled or []
                     masks = [
-                        config.find_pattern(layer).cpu()
-                        for config, layer in zip(self.sparsity_configs, pooled, strict=True)
+                        config.find_pattern(source).cpu()
+                        for config, source in zip(self.sparsity_configs, sources, strict=True)
                     ]
             except ValueError as error:
                 failure = str(error)

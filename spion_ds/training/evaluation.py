@@ -16,7 +16,7 @@ from torch import Tensor
 from spion_ds.data import Split, get_task
 from spion_ds.errors import CheckpointError
 from spion_ds.models import EncoderClassifier
-from spion_ds.sparsity import SparsityConfig, SpionSparsityConfig
+from spion_ds.sparsity import SparsityConfig, SwitchingSparsityConfig
 from spion_ds.training.batches import read_batch
 from spion_ds.training.checkpoint import load_state, load_weights
 from spion_ds.training.config import RunConfig
@@ -116,7 +116,7 @@ def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
     """
     for layer, attention in enumerate(model.attentions):
         sparsity = attention.sparsity_config
-        if isinstance(sparsity, SpionSparsityConfig):
+        if isinstance(sparsity, SwitchingSparsityConfig):
             sparsity.set_pattern(None if masks is None else masks[layer])
         elif masks is not None:
             length = masks[layer].shape[-1] * sparsity.block

@@ -18,6 +18,26 @@ def step_unless(optimizer: torch.optim.Optimizer, skipping: Callable[[], bool]) 
     vars(optimizer)["step"] = guarded
 
 
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer inside DeepSpeed's go on as a new one: moments, steps, gradients are 0.
+
+    In place, since DeepSpeed holds references to the state's tensors.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = 0
+        # Offload keeps gradients: a parameter that gets none from now on would leave its last one
+        # there, and move on.
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    for group in optimizer.param_groups:
+        if "step" in group:  # where fused optimizers count
+            group["step"] = 0
+
+
 def clip_by_value(optimizer: torch.optim.Optimizer, bound: float | None) -> None:
     """Clip every gradient element just before the optimizer uses it.
 

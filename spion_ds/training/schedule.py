@@ -19,12 +19,14 @@ class OneCycle:
         steps: steps of the whole run.
         restart_at_switch: whether the switch starts a second cycle over the steps that remain,
             with the same share of warm-up (SPION-C and -CF).
+        sparse_lr: constant rate after the switch, None for the cycle's (all but SAT).
     """
 
     max_lr: float
     warmup_steps: int
     steps: int
     restart_at_switch: bool
+    sparse_lr: float | None = None
 
     def at(self, step: int, switch_step: int | None) -> float:
         """Return the learning rate of optimizer step ``step`` (from 0).
@@ -33,6 +35,8 @@ class OneCycle:
             step: how many optimizer steps were taken before this one.
             switch_step: how many steps were dense, None while the run is.
         """
+        if self.sparse_lr is not None and switch_step is not None:
+            return self.sparse_lr
         start = switch_step if self.restart_at_switch and switch_step is not None else 0
         return one_cycle(
             step - start, self.steps - start, self.warmup_steps / self.steps, self.max_lr

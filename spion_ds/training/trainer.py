@@ -15,11 +15,12 @@ from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.data import Dataset
 from spion_ds.errors import SpionError
-from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
 from spion_ds.training.checkpoint import (
     TrainingState,
+    gathered,
     load_state,
     load_weights,
     save_checkpoint,
@@ -33,7 +34,7 @@ from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
 from spion_ds.training.deepspeed_config import with_universal_checkpoint
 from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
-from spion_ds.training.optimizer_hooks import clip_by_value, step_unless
+from spion_ds.training.optimizer_hooks import clip_by_value, restart, step_unless
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
@@ -114,12 +115,14 @@ class Trainer:
             sparsity = [attention.sparsity_config for attention in self.model.attentions]
             self.state.masks = [static_mask(layer, length) for layer in sparsity]
             self.state.switch_step = 0
+        if self.state.masks is not None:
+            self._freeze_patterns()
         self._derive_layouts()
         self._compare_layouts()
         configs = [attention.sparsity_config for attention in self.model.attentions]
         self.coordinator = Coordinator(
             self.rule,
-            [c for c in configs if isinstance(c, SpionSparsityConfig)],
+            [c for c in configs if isinstance(c, SwitchingSparsityConfig)],
             -(-config.data.sequence_length // config.sparse_attention.block),
             agreement,
         )
@@ -128,8 +131,9 @@ class Trainer:
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
         )
-        # Loss sum, correct predictions, samples: since the last row of the log, on this rank.
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # Sums of loss, correct predictions, samples and pattern loss: since the last row of the
+        # log, on this rank.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
@@ -173,12 +177,15 @@ class Trainer:
         config, state = self.config, self.state
         phase, number = state.phase, state.step + 1
         checking = config.switches and phase == "dense" and config.transition.is_check(number)
+        # Where every step is a check, the checks are part of the step.
+        timed = not checking or config.transition.check_every == 1
         observed: list[AttentionMapAccumulator] = []
         if checking:
-            self.timer.stop()
             observed = [AttentionMapAccumulator() for _ in self.model.attentions]
-        else:
+        if timed:
             self.timer.start()
+        else:
+            self.timer.stop()
         self._rate = config.schedule.at(state.step, state.switch_step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
@@ -199,9 +206,13 @@ class Trainer:
             with plain:
                 logits = self.engine(*inputs).float()
             loss = F.cross_entropy(logits, batch.labels)
+            _count(counted, loss.detach(), logits.detach(), batch.labels)
+            pattern_loss = self.model.take_pattern_loss()
+            if pattern_loss is not None:
+                counted[3] += pattern_loss.detach() * len(batch.labels)
+                loss = loss + pattern_loss
             self.engine.backward(loss)
             self.guard.add_loss(loss)
-            _count(counted, loss.detach(), logits.detach(), batch.labels)
             if micro_step == config.batches.accumulation - 1:
                 self._skipping = self._obey(self.guard.close(number, self.request.asked))
             self.engine.step()
@@ -213,7 +224,7 @@ class Trainer:
             if not self.guard.at_once:
                 self._obey(self.guard.reports())
             self._check(observed)
-        elif not checking:
+        if timed:
             self.timer.count()
         return phase
 
@@ -243,7 +254,9 @@ class Trainer:
         state, started = self.state, time.perf_counter()
         force = self.config.transition.is_forced(state.step)
         try:
-            decision = self.coordinator.check(observed, force=force)
+            decision = self.coordinator.check(
+                observed, force=force, weights=self._pattern_weights()
+            )
         except CoordinationError as error:
             raise TrainingError(f"step {state.step}: {error}") from error
         if decision.report is not None:
@@ -252,10 +265,14 @@ class Trainer:
                 "check",
                 distance=decision.report.distances,
                 change=decision.report.changes,
+                **({"skewness": decision.report.skewness} if decision.report.skewness else {}),
                 seconds=time.perf_counter() - started,
             )
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
+            self._freeze_patterns()
+            if self.config.sparse_attention.restarts_optimizer:
+                restart(self.engine.basic_optimizer)
             self._derive_layouts()
             self._compare_layouts()
             state.masks, state.switch_step = decision.masks, state.step
@@ -267,7 +284,23 @@ class Trainer:
             )
             shown = ", ".join(f"{density:.1%}" for density in densities)
             self.log.say(f"step {state.step}: switched to sparse attention; densities {shown}")
-        self.log.pictures(state.step, decision.maps, decision.masks)
+        # Checks may come every step; pictures need not.
+        log_every = self.config.training.log_every
+        rare = self.config.transition.check_every >= log_every
+        if decision.masks is not None or rare or state.step % log_every == 0:
+            self.log.pictures(state.step, decision.maps, decision.masks)
+
+    def _freeze_patterns(self) -> None:
+        for pattern in self.model.patterns:
+            pattern.freeze()
+
+    def _pattern_weights(self) -> list[Tensor] | None:
+        """Return SAT's W of each layer, whole on every rank; None in other modes."""
+        parameters = [pattern.weight for pattern in self.model.patterns]
+        if not parameters:
+            return None
+        with gathered(parameters, self.config):
+            return [parameter.detach().clone() for parameter in parameters]
 
     def _derive_layouts(self) -> None:
         """Make the layouts now: a compiled step could not."""
@@ -290,7 +323,7 @@ class Trainer:
         state = self.state
         seconds = self.timer.take()
         dist.all_reduce(self._sums)
-        loss, correct, samples = self._sums.tolist()
+        loss, correct, samples, pattern_loss = self._sums.tolist()
         self._sums.zero_()
         if samples == 0:  # every step since the last row was skipped
             return
@@ -312,6 +345,7 @@ class Trainer:
             phase=phase,
             lr=self._rate,
             memory_bytes=peak_memory_bytes(self.device),
+            **({"pattern_loss": pattern_loss / samples} if pattern_loss else {}),
             **speed,
         )
         shown = {"loss": f"{loss:.3f}", "acc": f"{accuracy:.1%}", "phase": phase}

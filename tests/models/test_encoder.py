@@ -10,7 +10,7 @@ import torch
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
-from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.sparsity import SatAttentionConfig, SparseAttentionConfig
 
 VOCABULARY, CLASSES, LENGTH, BLOCK = 17, 10, 48, 16
 SMALL = ModelConfig(
@@ -253,3 +253,48 @@ def test_values_out_of_range_are_named(change, words):
     ModelConfig().validate()
     with pytest.raises(ConfigError, match=words):
         replace(ModelConfig(), **change).validate()
+
+
+def sat_model(config: ModelConfig = SMALL) -> EncoderClassifier:
+    torch.manual_seed(0)
+    sat = SatAttentionConfig(block=BLOCK, loss_weight=0.5)
+    return EncoderClassifier(config, sat, VOCABULARY, CLASSES, LENGTH).double()
+
+
+def test_learned_patterns_leave_every_other_weight_and_the_logits_alone():
+    plain, made, (ids, real) = model(), sat_model(), batch()
+    assert plain.patterns == []
+    weights = made.state_dict()
+    shapes = [tuple(weights.pop(f"layers.{i}.pattern.weight").shape) for i in range(2)]
+    assert shapes == [(3, 4), (3, 4)]
+    assert weights.keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    keys = sample_keys(0, 0, torch.arange(4), made.dropout_places)
+    for modes in (made.train(), made.eval()):
+        assert torch.equal(modes(ids, real, keys), plain.train(modes.training)(ids, real, keys))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_pass_has_one_pattern_loss_with_a_gradient_for_w_alone(checkpointing):
+    made, (ids, real) = sat_model(replace(SMALL, activation_checkpointing=checkpointing)), batch()
+    logits = made(ids, real)
+    loss = made.take_pattern_loss()
+    assert made.take_pattern_loss() is None
+    (0.0 * logits.sum() + loss).backward()
+    for name, parameter in made.named_parameters():
+        assert bool(parameter.grad.any()) is name.endswith("pattern.weight"), name
+    # The layers' losses, times weight and a quarter of the layers: the map is 1/16 to 0 a block.
+    products = [p.weight.detach() @ p.weight.detach().T for p in made.patterns]
+    size = sum(float(product.square().mean()) for product in products)
+    assert float(loss.detach()) == pytest.approx(0.5 * 2 / 4 * size, rel=0.2)
+
+
+def test_neither_evaluation_nor_frozen_patterns_have_a_pattern_loss():
+    made, (ids, real) = sat_model(), batch()
+    made.eval()(ids, real)
+    assert made.take_pattern_loss() is None
+    for pattern in made.patterns:
+        pattern.freeze()
+    made.train()(ids, real)
+    assert made.take_pattern_loss() is None

@@ -1,4 +1,4 @@
-"""The distance rule against sequences worked out by hand, and its saved state."""
+"""SPION's and SAT's rules against sequences worked out by hand, and their saved states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from spion_ds.errors import CheckpointError, ConfigError
-from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport, transition
+from spion_ds.patterns import (
+    DistanceRule,
+    FixedStepRule,
+    SkewnessRule,
+    TransitionReport,
+    transition,
+)
 
 
 def run(values: list[float], rule: DistanceRule | None = None) -> list[TransitionReport]:
@@ -186,3 +192,107 @@ def test_the_state_of_another_rule_is_refused():
         DistanceRule().load_state_dict(FixedStepRule().state_dict())
     with pytest.raises(CheckpointError, match="the fixed-step rule saves"):
         FixedStepRule().load_state_dict(DistanceRule().state_dict())
+
+
+# Three entries of 0 and one of 4: mean 1, variance 3, third moment (27 − 3)/4 = 6.
+SKEWED = torch.tensor([[0.0, 0.0], [0.0, 4.0]])
+SKEWNESS_OF_SKEWED = 6.0 / 3.0**1.5
+
+
+def scaled(*factors: float, rule: SkewnessRule | None = None) -> list[TransitionReport]:
+    """Give multiples of one map to a rule: skewness stays, distances are √16 · differences."""
+    rule = rule or SkewnessRule(min_skewness=1.1)
+    return [rule.update([factor * SKEWED]) for factor in factors]
+
+
+def test_skewness_is_the_third_standardised_moment():
+    for report in scaled(1.0, 3.0):
+        assert report.skewness == [pytest.approx(SKEWNESS_OF_SKEWED, rel=1e-14)]
+    rule = SkewnessRule()
+    assert rule.update([-SKEWED]).skewness == [pytest.approx(-SKEWNESS_OF_SKEWED, rel=1e-14)]
+    # Equal entries, whose mean need not be exactly one of them, are not skewed.
+    assert SkewnessRule().update([torch.full((3, 3), 0.1)]).skewness == [0.0]
+
+
+def test_skewness_equals_numpys_for_large_maps(monkeypatch):
+    a = np.random.default_rng(0).random((61, 61)) ** 3
+    z = (a - a.mean()) / a.std()
+    for entries in (1 << 22, 100):
+        monkeypatch.setattr(transition, "_ENTRIES_AT_A_TIME", entries)
+        [found] = SkewnessRule().update([torch.from_numpy(a)]).skewness
+        # 3721 terms in another order: each addition rounds once.
+        assert found == pytest.approx((z**3).mean(), rel=3721 * 2**-53 * 10)
+
+
+def test_sats_rule_compares_consecutive_checks():
+    # Differences 10, 20, 20.25, 20.25: unlike SPION's rule, check 2 moves on to its own map.
+    reports = scaled(0.0, 10.0, 30.0, 50.25, 70.5)
+    assert [report.distances for report in reports] == [[None], [40.0], [80.0], [81.0], [81.0]]
+    assert [report.changes for report in reports] == [[None], [None], [1.0], [0.0125], [0.0]]
+    assert [report.fire for report in reports] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("third", "fire"), [(2012.99, True), (2013.0, False), (1987.01, True), (1987.0, False)]
+)
+def test_a_change_of_exactly_1_3_percent_does_not_fire_sats_rule(third, fire):
+    rule = SkewnessRule(min_skewness=1.1)
+    factors = [0.0, 1000.0, third]
+    reports = [rule.update([factor * SKEWED.double()]) for factor in factors]
+    assert reports[-1].fire is fire
+
+
+@pytest.mark.parametrize(("least", "fire"), [(1.15, True), (1.16, False)])
+def test_sats_rule_wants_skewed_maps_in_every_layer(least, fire):
+    # 6 / 3^1.5 = 1.1547
+    rule = SkewnessRule(min_skewness=least)
+    more_skewed = torch.eye(5)[:, :1]  # one entry of five: 1.5
+    for factor in (0.0, 1.0):
+        rule.update([factor * more_skewed, factor * SKEWED])
+    report = rule.update([2 * more_skewed, 2 * SKEWED])
+    assert report.skewness == pytest.approx([1.5, SKEWNESS_OF_SKEWED])
+    assert report.changes == [0.0, 0.0]
+    assert report.fire is fire
+
+
+def test_sats_rule_does_not_fire_when_the_maps_stood_still():
+    reports = scaled(1.0, 1.0, 1.0)
+    assert reports[2].distances == [0.0]
+    assert reports[2].changes == [math.inf]
+    assert not reports[2].fire
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_a_restored_skewness_rule_continues_bit_for_bit(stop):
+    generator = torch.Generator().manual_seed(stop)
+    checks = [[torch.rand(9, 9, generator=generator) ** 4 for _ in range(2)] for _ in range(6)]
+    whole = SkewnessRule()
+    expected = [whole.update(maps) for maps in checks]
+    rule = SkewnessRule()
+    reports = [rule.update(maps) for maps in checks[:stop]]
+    file = io.BytesIO()
+    torch.save(rule.state_dict(), file)
+    file.seek(0)
+    restored = SkewnessRule()
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert reports + [restored.update(maps) for maps in checks[stop:]] == expected
+
+
+def test_sats_rule_names_what_is_wrong_and_stays_as_it_was():
+    rule = SkewnessRule()
+    rule.update([SKEWED])
+    with pytest.raises(ConfigError, match="layer 0 has NaN or infinite"):
+        rule.update([SKEWED / 0.0])
+    assert rule.state_dict()["check"] == 1
+    for name, wrong in (("min_skewness", float("nan")), ("max_change_percent", "1")):
+        with pytest.raises(ConfigError, match=f"{name} is .*; allowed: a number"):
+            SkewnessRule(**{name: wrong})
+    with pytest.raises(ConfigError, match=r"max_change_percent is 0.0; allowed: above 0"):
+        SkewnessRule(max_change_percent=0.0)
+
+
+def test_neither_map_rule_takes_the_others_state():
+    with pytest.raises(CheckpointError, match="the skewness rule saves"):
+        SkewnessRule().load_state_dict(DistanceRule().state_dict())
+    with pytest.raises(CheckpointError, match="the distance rule saves"):
+        DistanceRule().load_state_dict(SkewnessRule().state_dict())

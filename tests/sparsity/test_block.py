@@ -12,6 +12,7 @@ from spion_ds.sparsity import (
     DenseSparsityConfig,
     FixedSparsityConfig,
     LocalSlidingWindowSparsityConfig,
+    SatSparsityConfig,
     SparseAttentionConfig,
     SpionSparsityConfig,
     VariableSparsityConfig,
@@ -255,7 +256,7 @@ CLASSES = {
 
 
 def test_all_modes_are_known():
-    assert set(MODES) == {*OLD_DEFAULTS, "spion"}
+    assert set(MODES) == {*OLD_DEFAULTS, "spion", "sat"}
 
 
 @pytest.mark.parametrize("mode", OLD_DEFAULTS)
@@ -270,6 +271,23 @@ def test_every_mode_has_the_old_keys_and_defaults_and_builds_its_class(mode):
     assert (built.num_heads, built.block, config.pruned) == (4, 16, "excluded")
     for key, value in OLD_DEFAULTS[mode].items():
         assert getattr(built, key) == value
+
+
+def test_sat_has_the_published_defaults_and_builds_its_class():
+    config = read(mode="sat")
+    assert config.to_mapping() == {
+        "mode": "sat",
+        "block": 64,
+        "different_layout_per_head": False,
+        "density": 0.04,
+        "loss_weight": 0.01,
+        "pruned": "zero",
+    }
+    config.validate(LENGTH)
+    first, second = config.build(4), read(mode="sat", block=32, density=0.2).build(4, 1)
+    assert type(first) is type(second) is SatSparsityConfig
+    assert (first.num_heads, first.block, first.density) == (4, 64, 0.04)
+    assert (second.block, second.density) == (32, 0.2)
 
 
 def test_values_reach_the_class():
@@ -301,7 +319,10 @@ def test_random_blocks_differ_between_layers_and_not_between_ranks():
             {"mode": "variable", "local_window_blocks": [1.5]},
             "window_blocks is .1.5.; wanted",
         ),
-        ({"mode": "sat"}, "unknown sparse_attention.mode 'sat'"),
+        ({"mode": "st"}, "unknown sparse_attention.mode 'st'"),
+        ({"mode": "sat", "alpha": 0.9}, "in mode 'sat': it belongs to spion; .*loss_weight"),
+        ({"mode": "spion", "loss_weight": 0.1}, "in mode 'spion': it belongs to sat"),
+        ({"mode": "sat", "loss_weight": "much"}, "loss_weight is 'much'; wanted: a number"),
     ],
 )
 def test_keys_of_other_modes_are_unknown(block, words):
@@ -320,9 +341,15 @@ def test_keys_of_other_modes_are_unknown(block, words):
         ({"mode": "local", "attention": "both"}, "sparse_attention.attention is 'both'"),
         ({"mode": "local", "different_layout_per_head": True}, "per_head is True; allowed: false"),
         ({"mode": "fixed", "block": 48}, "sparse_attention.block is 48; allowed: 16, 32"),
+        ({"mode": "sat", "block": 48}, "sparse_attention.block is 48; allowed: 16, 32"),
+        ({"mode": "sat", "density": 0.0009}, r"density is 0.0009; allowed: 0.000977 \(one of 1024"),
+        ({"mode": "sat", "density": 1.01}, "density is 1.01; allowed: .* to 1"),
+        ({"mode": "sat", "loss_weight": 0.0}, "loss_weight is 0.0; allowed: above 0"),
+        ({"mode": "sat", "pruned": "kept"}, "unknown sparse_attention.pruned mode 'kept'"),
+        ({"mode": "sat", "different_layout_per_head": True}, "per_head is True; allowed: false"),
     ],
 )
-def test_static_values_out_of_range_are_named(block, words):
+def test_other_modes_values_out_of_range_are_named(block, words):
     with pytest.raises(ConfigError, match=words):
         read(**block).validate(LENGTH)
 

@@ -12,19 +12,22 @@ import torch.nn.functional as F
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
-from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.sparsity import AttentionConfig, SatAttentionConfig, SparseAttentionConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.config import build_run_config, read_recipe
 from spion_ds.training.evaluation import set_masks
 from tests.training.launching import TINY
 
 LENGTH = 64
+_SPION = SparseAttentionConfig(block=16)
 
 
-def tiny_model(device: torch.device) -> EncoderClassifier:
+def tiny_model(
+    device: torch.device, sparse_attention: AttentionConfig = _SPION
+) -> EncoderClassifier:
     torch.manual_seed(0)
     config = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
-    return EncoderClassifier(config, SparseAttentionConfig(block=16), 17, 10, LENGTH).to(device)
+    return EncoderClassifier(config, sparse_attention, 17, 10, LENGTH).to(device)
 
 
 def batches(model: EncoderClassifier, device: torch.device) -> list[tuple]:
@@ -49,10 +52,15 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
             mask = torch.eye(4, dtype=torch.bool)
             mask[:, 1] = True
             set_masks(model, [mask, mask])
+            for pattern in model.patterns:
+                pattern.freeze()
         for attention in model.attentions:
             attention.layout(LENGTH, inputs[0].device)
         with forward.step(number >= 3, tuple(inputs)):
             loss = F.cross_entropy(model(*inputs), labels)
+        pattern_loss = model.take_pattern_loss()
+        assert (pattern_loss is not None) is (bool(model.patterns) and number < 3)
+        loss = loss if pattern_loss is None else loss + pattern_loss
         # Gradients stay between steps: a replay must not write into what a parameter keeps.
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
@@ -61,8 +69,10 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
     return losses
 
 
-def losses_with(device: torch.device, **options: Any) -> list[float]:
-    model = tiny_model(device)
+def losses_with(
+    device: torch.device, sparse_attention: AttentionConfig = _SPION, **options: Any
+) -> list[float]:
+    model = tiny_model(device, sparse_attention)
     keys = set(model.state_dict())
     torch.manual_seed(1)
     data = batches(model, device)
@@ -83,10 +93,13 @@ def test_compiled_steps_have_the_losses_of_plain_steps() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
-def test_replayed_steps_have_the_losses_of_plain_steps(compile: bool) -> None:
+@pytest.mark.parametrize("sparse_attention", [_SPION, SatAttentionConfig(block=16)])
+def test_replayed_steps_have_the_losses_of_plain_steps(
+    compile: bool, sparse_attention: AttentionConfig
+) -> None:
     device = torch.device("cuda")
-    plain = losses_with(device, compile=False, cuda_graph=False)
-    replayed = losses_with(device, compile=compile, cuda_graph=True)
+    plain = losses_with(device, sparse_attention, compile=False, cuda_graph=False)
+    replayed = losses_with(device, sparse_attention, compile=compile, cuda_graph=True)
     # Without compiling, the same kernels in the same order; fused ones round differently.
     assert replayed == (pytest.approx(plain, rel=1e-3) if compile else plain)
 

@@ -117,6 +117,51 @@ def test_a_mode_of_the_json_or_the_command_line_leaves_the_recipes_pattern_behin
     assert config.sparse_attention.num_local_blocks == 2
 
 
+def test_sat_does_what_was_published_unless_told_otherwise() -> None:
+    config = build("listops", {}, ("sparse_attention.mode=sat",))
+    transition, schedule = config.transition, config.schedule
+    assert config.switches
+    assert (transition.rule, transition.check_every) == ("skewness", 1)
+    assert (transition.min_skewness, transition.max_change_percent) == (1.7, 1.3)
+    assert (schedule.at(5, None), schedule.at(5, 5)) != (3.5e-4, 3.5e-4)
+    assert schedule.at(20000, 5) == 3.5e-4
+    assert (config.sparse_attention.block, config.sparse_attention.density) == (64, 0.04)
+    again = build_run_config(config.to_mapping(), None, (), world_size=1, device_type="cpu")
+    assert again == config
+
+    words = ("sparse_attention.mode=sat", "transition.check_every=20", "transition.rule=distance")
+    transition = build("listops", {}, words).transition
+    assert (transition.rule, transition.check_every) == ("distance", 20)
+    # Back to SPION, SAT's own rule is left behind as well.
+    back = build_run_config(
+        config.to_mapping(), None, ("sparse_attention.mode=spion",), world_size=1, device_type="cpu"
+    )
+    assert (back.transition.rule, back.transition.check_every) == ("distance", 500)
+    assert build("listops").transition.check_every == 500
+
+
+def test_a_rule_that_is_not_the_modes_own_stays_with_the_mode() -> None:
+    recipe = {**read_recipe("listops"), "transition": {"rule": "fixed", "switch_step": 9}}
+    config = build_run_config(
+        recipe, None, ("sparse_attention.mode=sat",), world_size=1, device_type="cpu"
+    )
+    assert (config.transition.rule, config.transition.switch_step) == ("fixed", 9)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("transition.rule=skew", "unknown transition.rule 'skew'.*known: distance, fixed, skewn"),
+        ("transition.max_change_percent=0", r"max_change_percent is 0\.0; allowed: above 0"),
+        ("transition.min_skewness=high", "min_skewness is 'high'; wanted: a number"),
+        ("transition.switch_step=9", "the skewness rule does not use it; set transition.rule=fix"),
+    ],
+)
+def test_wrong_values_of_sats_rule_are_named(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build("listops", {}, ("sparse_attention.mode=sat", override))
+
+
 def test_deepspeed_never_sees_the_sparse_attention_block() -> None:
     given = {"sparse_attention": {"block": 32}}
     config = build("listops", given)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.layout import pack_mask
-from spion_ds.patterns import DistanceRule, FixedStepRule, spion_cf
-from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.patterns import DistanceRule, FixedStepRule, SkewnessRule, sat_pattern, spion_cf
+from spion_ds.sparsity import SatSparsityConfig, SpionSparsityConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator
 from spion_ds.training.ranks import Agreement
 
@@ -85,3 +85,17 @@ def test_masks_that_changed_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPat
     coordinator = Coordinator(FixedStepRule(), configs(), LENGTH // BLOCK, agreement)
     with pytest.raises(CoordinationError, match="differ"):
         coordinator.check(observed(0), force=False)
+
+
+def test_sats_masks_are_the_patterns_of_its_weights() -> None:
+    layers = [SatSparsityConfig(2, BLOCK, density=0.3) for _ in range(2)]
+    weights = [torch.rand(LENGTH // BLOCK, 8) for _ in range(2)]
+    coordinator = Coordinator(SkewnessRule(), layers, LENGTH // BLOCK, Agreement())
+    stay = coordinator.check(observed(0), force=False, weights=weights)
+    assert stay.masks is None
+    assert stay.report is not None
+    assert len(stay.report.skewness) == 2
+    forced = coordinator.check(observed(1), force=True, weights=weights)
+    assert forced.masks is not None
+    for mask, weight in zip(forced.masks, weights, strict=True):
+        assert torch.equal(mask, sat_pattern(weight, 0.3))

@@ -45,6 +45,14 @@ def test_without_restart_the_switch_changes_nothing() -> None:
     ]
 
 
+def test_a_sparse_rate_is_constant_from_the_switch_on() -> None:
+    schedule = OneCycle(1.0, warmup_steps=20, steps=100, restart_at_switch=False, sparse_lr=0.5)
+    assert [schedule.at(step, None) for step in (0, 40)] == [
+        one_cycle(step, 100, 0.2, 1.0) for step in (0, 40)
+    ]
+    assert {schedule.at(step, 40) for step in range(40, 100)} == {0.5}
+
+
 def test_no_warmup_starts_at_the_peak() -> None:
     assert one_cycle(0, 10, 0.0, 0.5) <= 0.5
     rates = [one_cycle(step, 10, 0.0, 0.5) for step in range(10)]
