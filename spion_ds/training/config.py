@@ -28,6 +28,7 @@ from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_con
 from spion_ds.training.schedule import OneCycle
 
 RULES = ("distance", "fixed")
+RESOLUTIONS = ("token", "block")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ON_NONFINITE = ("stop", "skip")
 
@@ -38,6 +39,8 @@ class TransitionConfig:
 
     Attributes:
         rule: ``"distance"`` (SPION's) or ``"fixed"`` (after ``switch_step`` steps).
+        resolution: of the maps: ``"token"``, (L, L) as published, or ``"block"``, pooled to (n, n)
+            while they are computed. The patterns are the same; the distance rule compares these.
         check_every: steps between two checks of the distance rule.
         threshold_percent: the distance's change below which the rule fires.
         switch_step: dense steps under the fixed rule.
@@ -45,6 +48,7 @@ class TransitionConfig:
     """
 
     rule: str = "distance"
+    resolution: str = "token"
     check_every: int = 500
     threshold_percent: int = 15
     switch_step: int | None = None
@@ -55,6 +59,8 @@ class TransitionConfig:
         at = "transition."
         if self.rule not in RULES:
             raise ConfigError(unknown_name(f"{at}rule", self.rule, RULES))
+        if self.resolution not in RESOLUTIONS:
+            raise ConfigError(unknown_name(f"{at}resolution", self.resolution, RESOLUTIONS))
         require(self.check_every >= 1, f"{at}check_every", self.check_every, "from 1 up")
         require(
             1 <= self.threshold_percent <= 100,

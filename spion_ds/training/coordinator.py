@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spion_ds.attention import AttentionMapAccumulator, SparseSelfAttention
+from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator, SparseSelfAttention
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import SpionError
 from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport
@@ -34,8 +34,9 @@ class Decision:
         masks: one (n, n) bool mask a layer on the CPU, or None to stay dense.
         digest: sha256 of the packed masks, hexadecimal ("" when staying dense).
         report: distances and changes; on rank 0 only.
-        maps: (L, L) float32 mean map a layer; on rank 0 only.
-        pooled: (n, n) float64 pooled map a layer; on rank 0 only.
+        maps: what the rule saw, one map a layer: (L, L) float32 mean maps, or at block resolution
+            ``pooled``; on rank 0 only.
+        pooled: (n, n) float64 pooled map a layer, which its pattern is made from; on rank 0 only.
     """
 
     masks: list[Tensor] | None
@@ -65,11 +66,17 @@ class Coordinator:
         self.rule, self.blocks, self.agreement = rule, blocks, agreement
         self.sparsity_configs = list(sparsity_configs)
 
-    def check(self, observed: Sequence[AttentionMapAccumulator], *, force: bool) -> Decision:
+    def check(
+        self,
+        observed: Sequence[AttentionMapAccumulator | PooledMapAccumulator],
+        *,
+        force: bool,
+    ) -> Decision:
         """Return the decision; call it on every rank in the same step.
 
         Args:
-            observed: one accumulator a layer with this rank's share of the global batch.
+            observed: one accumulator a layer with this rank's share of the global batch; all
+                token-level, or all pooled as the layer's pattern needs it.
             force: switch even if the rule does not fire.
 
         Raises:
@@ -82,8 +89,10 @@ class Coordinator:
             try:
                 report = self.rule.update(maps)
                 pooled = [
-                    config.pool(attention)
-                    for config, attention in zip(self.sparsity_configs, maps, strict=True)
+                    attention if isinstance(layer, PooledMapAccumulator) else config.pool(attention)
+                    for config, layer, attention in zip(
+                        self.sparsity_configs, observed, maps, strict=True
+                    )
                 ]
                 if report.fire or force:
                     masks = [
@@ -110,8 +119,8 @@ class Coordinator:
             _fill(message, _SWITCH, b"".join(pack_mask(mask) for mask in masks))
         self.agreement.broadcast(message)
         status = int(message[0])
-        digest = bytes(message[1 : 1 + _DIGEST_BYTES].tolist())
-        body = bytes(message[1 + _DIGEST_BYTES :].tolist())
+        digest = message[1 : 1 + _DIGEST_BYTES].numpy().tobytes()
+        body = message[1 + _DIGEST_BYTES :].numpy().tobytes()
         sound = status == _STAY or hashlib.sha256(body).digest() == digest
         if self.agreement.any(not sound) or self.agreement.differing(status):
             raise CoordinationError(
@@ -137,8 +146,14 @@ def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> st
     return digest.hexdigest()
 
 
-def _mean_map(layer: AttentionMapAccumulator) -> Tensor:
-    """Return the (L, L) float32 mean over the global batch, right on rank 0 only."""
+def _mean_map(layer: AttentionMapAccumulator | PooledMapAccumulator) -> Tensor:
+    """Return the mean over the global batch, right on rank 0 only.
+
+    (L, L) float32, or (n, n) float64 of a pooled map, which is not rounded before the walks.
+    """
+    if isinstance(layer, PooledMapAccumulator):
+        dist.reduce(layer.total, dst=0)
+        return layer.total
     assert layer.total is not None
     assert layer.count is not None
     dist.reduce(layer.total, dst=0)
@@ -149,6 +164,6 @@ def _mean_map(layer: AttentionMapAccumulator) -> Tensor:
 def _fill(message: Tensor, status: int, body: bytes) -> None:
     start = 1 + _DIGEST_BYTES
     message[start : start + len(body)] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-    digest = hashlib.sha256(bytes(message[start:].tolist())).digest()
+    digest = hashlib.sha256(message[start:].numpy().tobytes()).digest()
     message[1:start] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     message[0] = status

@@ -26,8 +26,9 @@ from spion_ds.training.config import (
     read_recipe,
 )
 from spion_ds.training.evaluation import Evaluation, evaluate, load_model
+from spion_ds.training.map_memory import check_map_memory
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
-from spion_ds.training.resuming import Resume, plan_resume
+from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
 from spion_ds.training.summary import summary_table
@@ -207,9 +208,11 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
         world_size=ranks.world_size,
         device_type=ranks.device.type,
     )
+    check_map_memory(config, ranks)
     if checkpoint is not None:
         state, run = load_state(checkpoint)
         plan_resume(checkpoint, run, config, ranks)
+        check_rule_memory(checkpoint, state, config)
         # Going on by itself, a run that was killed after its last step still gets its summary.
         if state.step >= config.training.steps and options.resume != AUTO:
             raise CheckpointError(
@@ -304,6 +307,8 @@ def _introduce(config: RunConfig, folder: Path, ranks: Ranks, resume: Resume | N
     print(f"run folder: {folder}" + (f", resumed from {resume.folder.name}" if resume else ""))
     if resume and resume.note:
         print(f"note: {resume.note}")
+    if note := check_map_memory(config, ranks):
+        print(f"note: {note}")
     sys.stdout.flush()
 
 
