@@ -99,7 +99,8 @@ def _top_blocks(pooled: Tensor, density: float) -> Tensor:
     """
     blocks = pooled.numel()
     count = min(max(int(blocks * density - pooled.shape[0]), 0), blocks)
-    order = pooled.detach().flatten().sort(descending=True, stable=True).indices
+    # Adding 0.0 makes -0.0 equal to 0.0 for sorts that look at bits.
+    order = (pooled.detach().flatten() + 0.0).sort(descending=True, stable=True).indices
     pattern = torch.zeros(blocks, dtype=torch.bool, device=pooled.device)
     pattern[order[:count]] = True
     return pattern.view_as(pooled)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from spion_ds.data import Dataset, Split, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
-from spion_ds.extension import operators_available
+from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.settings import require
 from spion_ds.training.checkpoint import load_state
 from spion_ds.training.checkpoint_files import check_whole, find_checkpoint, has_checkpoint
@@ -128,7 +129,7 @@ def train(options: TrainOptions) -> None:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config, options.data_dir, ranks, agreement)
         if ranks.is_first and config.switches:
-            operators_available()  # compiled now, if need be, and not at the switch
+            _compile_operators(ranks)
         folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
         if ranks.is_first:
             _introduce(config, folder, ranks, resume)
@@ -154,6 +155,14 @@ def prepare_data(config: RunConfig, data_dir: Path, ranks: Ranks, agreement: Agr
         agreement.together(lambda: None)
         dataset = prepare(config.data, data_dir, verify=False)
     return dataset
+
+
+def _compile_operators(ranks: Ranks) -> None:
+    """Compile what rank 0 makes patterns with now, if need be, and not at the switch."""
+    if ranks.device.type == "cuda":
+        cuda_operators_available(torch.cuda.get_device_capability(ranks.device))
+    else:
+        operators_available()
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
