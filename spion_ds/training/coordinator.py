@@ -140,9 +140,8 @@ def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> st
     """Return the sha256 of the block layouts of all layers at ``length`` tokens, hexadecimal."""
     digest = hashlib.sha256()
     for attention in attentions:
-        block = attention.sparsity_config.block
-        layout = attention.sparsity_config.make_layout(-(-length // block) * block)
-        digest.update(layout.bool().contiguous().numpy().tobytes())
+        mask = attention.sparsity_config.make_mask(length)
+        digest.update(mask.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
