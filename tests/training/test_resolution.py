@@ -60,6 +60,26 @@ def test_block_resolution_gives_the_masks_of_token_resolution_and_resumes(tmp_pa
     assert [event.step for event in events.Images("map/layer0")] == [2, 4, 6]
 
 
+@pytest.mark.gpu
+@pytest.mark.ranks
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_pattern_is_captured_at_65536_tokens(tmp_path: Path) -> None:
+    length = 65536
+    overrides = [
+        *(*BLOCK, f"data.sequence_length={length}", "data.train=4", "data.validation=1"),
+        *("data.test=1", "sparse_attention.block=64", "model.attention_dropout=0"),
+        *("transition.check_every=1", "transition.max_dense_steps=4", "training.steps=6"),
+        *("training.batch_size=1", "training.precision=bf16", "optimizer.warmup_steps=1"),
+    ]
+    drive("python", 1, [{"run_name": "long", "overrides": overrides}], tmp_path)
+    [switch] = rows(tmp_path / "runs" / "long", "switch")
+    assert switch["step"] in (3, 4)
+    train = rows(tmp_path / "runs" / "long", "train")
+    assert [row["phase"] for row in train][-1] == "sparse"
+    # Less than a byte for each pair of tokens.
+    assert max(row["memory_bytes"] for row in train) < length**2
+
+
 def test_a_rule_goes_on_only_with_maps_of_its_own_resolution() -> None:
     state = TrainingState(rule={"check": 1, "before": [torch.zeros(8, 8)], "distances": []})
     recipe = read_recipe(str(TINY))
