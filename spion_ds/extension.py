@@ -1,4 +1,4 @@
-"""Loads the C++ operators of ``csrc/``, compiling them on first use; nothing happens at import.
+"""Loads the C++ and CUDA operators of ``csrc/``, compiling them on first use, not at import.
 
 Two environment variables steer it: ``SPION_DS_CACHE`` is the folder that keeps what was compiled
 (default ``~/.cache/spion_ds``), and ``SPION_DS_NO_COMPILE=1`` neither compiles nor uses it.
@@ -7,11 +7,14 @@ Two environment variables steer it: ``SPION_DS_CACHE`` is the folder that keeps 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import functools
 import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -29,6 +32,8 @@ _ERROR_LINES = 6
 
 _loading = threading.Lock()
 _available: bool | None = None
+# By compute capability: the library with the CUDA operators, None where there is none.
+_cuda_libraries: dict[tuple[int, int], ctypes.CDLL | None] = {}
 
 
 def operators_available() -> bool:
@@ -62,8 +67,116 @@ def _load() -> bool:
     return True
 
 
+def cuda_operators_available(capability: tuple[int, int]) -> bool:
+    """Return whether ``torch.ops.spion_ds`` serves GPUs of this capability, compiling if need be.
+
+    Like :func:`operators_available`, which it needs: it warns once when it does not work, and the
+    C++ operators do the work on the CPU. Never raises.
+    """
+    if not operators_available():
+        return False
+    with _loading:
+        if capability not in _cuda_libraries:
+            _cuda_libraries[capability] = _load_cuda(capability)
+        return _cuda_libraries[capability] is not None
+
+
+def _load_cuda(capability: tuple[int, int]) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(_cuda_library(capability)))
+        library.spion_flood_fill.argtypes = (
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double),
+            *(ctypes.c_void_p, ctypes.c_void_p),
+        )
+        _register_cuda()
+    except Exception as error:
+        warnings.warn(
+            f"the CUDA operators are not available, so pooled maps move to the CPU for flood fill "
+            f"(the same result; about 10 ms a layer at 1024 blocks a side). {_reason(error)}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    return library
+
+
+@functools.cache
+def _register_cuda() -> None:
+    torch.library.impl("spion_ds::flood_fill", "cuda", _flood_fill_cuda)
+
+
+def _flood_fill_cuda(pooled: Tensor, threshold: float) -> Tensor:
+    if pooled.dim() != 2 or len(set(pooled.shape)) != 1 or not pooled.is_floating_point():
+        raise RuntimeError(
+            f"flood_fill: pooled must be a square (n, n) map and floating point, got "
+            f"{tuple(pooled.shape)} {pooled.dtype}"
+        )
+    device, n = pooled.device, pooled.shape[0]
+    capability = torch.cuda.get_device_capability(device)
+    if not cuda_operators_available(capability):
+        raise RuntimeError(f"flood_fill: no CUDA operators for {device} (a warning has said why)")
+    library = _cuda_libraries[capability]
+    assert library is not None
+    pooled = pooled.to(torch.float64).contiguous()
+    marks = torch.zeros((n, n), dtype=torch.bool, device=device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        error = library.spion_flood_fill(
+            device.index, pooled.data_ptr(), n, threshold, marks.data_ptr(), stream
+        )
+    if error:
+        raise RuntimeError(f"flood_fill: CUDA error {error}")
+    return marks
+
+
 def _flood_fill_fake(pooled: Tensor, threshold: float) -> Tensor:
     return torch.empty_like(pooled, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler: on PATH, or where CUDA_HOME, CUDA_PATH or the default point."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+def _cuda_library(capability: tuple[int, int]) -> Path:
+    """Return the library with the CUDA operators for GPUs of this capability, compiled by now."""
+    if compiling_is_off():
+        raise RuntimeError("SPION_DS_NO_COMPILE is set, so nothing is compiled.")
+    library = compiled_cuda_library(capability)
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one_process(library.parent / "compiling.lock"):
+            if not library.exists():
+                _compile_cuda(capability, library)
+    return library
+
+
+def _compile_cuda(capability: tuple[int, int], library: Path) -> None:
+    """Compile the CUDA files in a fresh folder beside ``library`` and rename the result to it."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("There is no nvcc; install the CUDA toolkit, or set CUDA_HOME.")
+    sources = [source for source in _find_sources(".cu") if source.suffix == ".cu"]
+    print(
+        f"spion_ds: compiling its CUDA operators ({', '.join(file.name for file in sources)}); "
+        f"this takes 1 to 10 s, once, and is kept in {library.parent}",
+        file=sys.stderr,
+        flush=True,
+    )
+    architecture = f"{capability[0]}{capability[1]}"
+    with tempfile.TemporaryDirectory(
+        dir=library.parent, prefix="build-", ignore_cleanup_errors=True
+    ) as build:
+        built = Path(build) / library.name
+        command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-o", str(built)]
+        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        result = subprocess.run(
+            [*command, *map(str, sources)], capture_output=True, text=True, check=False
+        )
+        if result.returncode != 0:
+            raise RuntimeError(f"{nvcc} failed.\n{result.stderr or result.stdout}")
+        os.replace(built, library)
 
 
 def _load_library() -> None:
@@ -102,17 +215,27 @@ def compiled_library() -> Path:
     return _cache_folder(_find_sources()) / "_ops.so"
 
 
+def compiled_cuda_library(capability: tuple[int, int]) -> Path:
+    """Return where the CUDA library for a compute capability is kept, whether it is there or not.
+
+    Raises:
+        RuntimeError: the sources are not installed.
+    """
+    name = f"_cuda_{capability[0]}{capability[1]}.so"
+    return _cache_folder(_find_sources(".cu")) / name
+
+
 def compiling_is_off() -> bool:
     """Return whether SPION_DS_NO_COMPILE forbids compiling, and using what was compiled."""
     return os.environ.get("SPION_DS_NO_COMPILE", "0") not in ("", "0")
 
 
-def _find_sources() -> list[Path]:
-    """Return the C++ files of an installed package or of a checkout, with their headers."""
+def _find_sources(suffix: str = ".cpp") -> list[Path]:
+    """Return the files of a kind of an installed package or a checkout, with the headers."""
     for folder in _SOURCE_FOLDERS:
-        if sources := sorted(folder.glob("*.cpp")):
+        if sources := sorted(folder.glob(f"*{suffix}")):
             return sources + sorted(folder.glob("*.h"))
-    raise RuntimeError(f"No C++ sources in {' or '.join(map(str, _SOURCE_FOLDERS))}.")
+    raise RuntimeError(f"No {suffix} sources in {' or '.join(map(str, _SOURCE_FOLDERS))}.")
 
 
 def _cache_folder(sources: list[Path]) -> Path:

@@ -70,7 +70,7 @@ class BlockLayout:
             )
         if not isinstance(block, int) or isinstance(block, bool) or block < 1:
             raise ConfigError(f"block is {block!r}; allowed: a whole number from 1 up")
-        if not torch.all((mask == 0) | (mask == 1)):
+        if mask.dtype != torch.bool and not torch.all((mask == 0) | (mask == 1)):
             raise ConfigError("a block mask holds only True and False (or 1 and 0)")
         kept = mask.to("cpu", torch.bool)
         kept = kept.unsqueeze(0) if kept.dim() == 2 else kept

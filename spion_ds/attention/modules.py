@@ -61,12 +61,9 @@ class SparseSelfAttention(nn.Module):
 
     @torch.compiler.disable
     def _derive(self, length: int, device: torch.device) -> BlockLayout | None:
-        block = self.sparsity_config.block
-        mask = self.sparsity_config.make_layout(-(-length // block) * block).bool()
-        if bool(mask.all()):
-            return None
-        shared = not self.sparsity_config.different_layout_per_head
-        return BlockLayout.from_mask(mask[0] if shared else mask, block).to(device)
+        config = self.sparsity_config
+        mask = config.make_mask(length)
+        return None if bool(mask.all()) else BlockLayout.from_mask(mask, config.block).to(device)
 
     def forward(
         self,

@@ -2,7 +2,11 @@
 
 Two kernels. The first writes each row's softmax statistics. In the second a program owns a tile of
 the map, adds the probabilities of all samples and heads to it in registers, and writes what the
-tile gives to the blocks that it reaches; those parts are then added up in a fixed order.
+tile gives to the blocks that it reaches; those sums are then added up in a fixed order.
+
+Where the filter is no wider than a block, a tile is cut at the middle of blocks: around each
+corner, where four blocks meet, an entry adds to these four alone, and its four weights are a
+minimum and three differences. Elsewhere a tile visits all blocks that it reaches.
 
 Shape suffixes: B batch, H heads, L tokens, R rows and C columns of a tile, D head_dim padded to a
 power of two, n blocks a side.
@@ -11,6 +15,7 @@ power of two, n blocks a side.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +33,33 @@ _LOG2_E = math.log2(math.e)
 _LOWEST = tl.constexpr(-1.0e30)
 # Above every score: makes the probabilities of a row that is left out 0, however large its scores.
 _HIGHEST = tl.constexpr(1.0e30)
+# Programs that run at the same time share this many row tiles, so that few keys are read at a time.
+_ROW_GROUP = tl.constexpr(8)
 _DATA = ["padding_ptr", "weights_ptr", "heads", "length", "batch"]
+
+
+class MapTiles(NamedTuple):
+    """A launch configuration; see benchmarks/maps.py.
+
+    Attributes:
+        rows, columns: of the scores that are computed at a time.
+        pieces: such pieces side by side in a tile, 1 or 2; of the softmax kernel always 1.
+        num_warps, num_stages: Triton's.
+        registers: a thread may use, None for as many as the compiler likes.
+    """
+
+    rows: int
+    columns: int
+    pieces: int
+    num_warps: int
+    num_stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Triton's options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 @triton.jit(do_not_specialize=_DATA)
@@ -40,19 +71,19 @@ def attention_map_softmax_kernel(
     padding_ptr: tl.tensor,  # (B, L) bytes, 1 = real token, or None
     heads: tl.tensor,
     length: tl.tensor,
-    scale_log2: tl.tensor,
+    scale_log2: tl.tensor,  # above 0
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
+    CAUSAL: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ) -> None:
     """Write the softmax statistics of R rows of one head."""
     bh = tl.program_id(1)
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
-    q_RD = _load(q, b, h, rows_R, length, True, HEAD_DIM, D)
+    q_RD = _load(q, b, h, tl.minimum(rows_R, length - 1), HEAD_DIM, D)
     if padding_ptr is not None:
         padding_ptr += b * length
     top_R = tl.full((R,), _LOWEST, tl.float32)
@@ -63,13 +94,20 @@ def attention_map_softmax_kernel(
     for ends in tl.static_range(0, 2):
         for first in range(plain if ends else 0, seen if ends else plain, C):
             columns_C = first + tl.arange(0, C)
-            k_CD = _load(k, b, h // GROUP, columns_C, length, ends, HEAD_DIM, D)
-            scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision="ieee") * scale_log2
-            scores_RC = _mask(
-                scores_RC, rows_R, columns_C, length, padding_ptr, ends, CAUSAL and ends
-            )
-            new_top_R = tl.maximum(top_R, tl.max(scores_RC, axis=1))
-            added_R = tl.sum(tl.exp2(scores_RC - new_top_R[:, None]), axis=1)
+            read_C = tl.minimum(columns_C, length - 1) if ends else columns_C
+            k_CD = _load(k, b, h // GROUP, read_C, HEAD_DIM, D)
+            scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision="ieee")
+            if ends:
+                scores_RC = tl.where((columns_C < length)[None, :], scores_RC, float("-inf"))
+            if padding_ptr is not None:
+                real_C = tl.load(padding_ptr + read_C) != 0
+                scores_RC = tl.where(real_C[None, :], scores_RC, float("-inf"))
+            if CAUSAL and ends:
+                past_RC = columns_C[None, :] <= rows_R[:, None]
+                scores_RC = tl.where(past_RC, scores_RC, float("-inf"))
+            # Scaled after the maximum, so that scale and shift are one operation an entry.
+            new_top_R = tl.maximum(top_R, tl.max(scores_RC, axis=1) * scale_log2)
+            added_R = tl.sum(tl.exp2(scores_RC * scale_log2 - new_top_R[:, None]), axis=1)
             total_R = total_R * tl.exp2(top_R - new_top_R) + added_R
             top_R = new_top_R
     inside_R = rows_R < length
@@ -90,62 +128,161 @@ def attention_map_tile_kernel(
     inverse_ptr: tl.tensor,
     padding_ptr: tl.tensor,
     weights_ptr: tl.tensor,  # (L,) float32
-    parts_ptr: tl.tensor,  # (row tiles, REACH, column tiles, REACH) float32
+    sums_ptr: tl.tensor,  # what _corner_sums or _block_sums write, float32
     batch: tl.tensor,
     heads: tl.tensor,
     length: tl.tensor,
     scale_log2: tl.tensor,
+    row_tiles: tl.tensor,
+    column_tiles: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
+    CAUSAL: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
+    CORNERS: tl.constexpr,
     REACH: tl.constexpr,
 ) -> None:
-    """Write what a tile of R rows and C columns of the map gives to the blocks that it reaches."""
-    first_row, first_column = tl.program_id(1) * R, tl.program_id(0) * C
-    rows_R, columns_C = first_row + tl.arange(0, R), first_column + tl.arange(0, C)
-    inside_R = rows_R < length
-    sums_RC = tl.zeros((R, C), tl.float32)
+    """Write what a tile of R rows and C · PIECES columns of the map gives to the blocks."""
+    row_tile, column_tile = _place(row_tiles, column_tiles)
+    shift: tl.constexpr = BLOCK // 2 if CORNERS else 0
+    first_row, first_column = row_tile * R - shift, column_tile * (C * PIECES) - shift
+    rows_R = first_row + tl.arange(0, R)
+    columns_C, more_C = first_column + tl.arange(0, C), first_column + C + tl.arange(0, C)
+    # Rows and columns that do not exist read others', and are masked at the end.
+    row_R = tl.minimum(tl.maximum(rows_R, 0), length - 1)
+    sums_RC, more_RC = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
     # A tile wholly in the future has no probability.
     pairs = tl.where(first_column >= first_row + R, 0, batch * heads) if CAUSAL else batch * heads
     for pair in range(0, pairs):
         bh = tl.zeros((), tl.int64) + pair
         b, h = bh // heads, bh % heads
-        q_RD = _load(q, b, h, rows_R, length, True, HEAD_DIM, D)
-        k_CD = _load(k, b, h // GROUP, columns_C, length, True, HEAD_DIM, D)
-        at_R = bh * length + rows_R
-        top_R = tl.load(top_ptr + at_R, mask=inside_R, other=0.0)
-        inverse_R = tl.load(inverse_ptr + at_R, mask=inside_R, other=0.0)
-        scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision="ieee") * scale_log2
-        if padding_ptr is not None:
-            padding = padding_ptr + b * length
-            scores_RC = _mask(scores_RC, rows_R, columns_C, length, padding, False, False)
-        sums_RC += tl.exp2(scores_RC - top_R[:, None]) * inverse_R[:, None]
-    # Position and causality are the same for all heads: one mask at the end.
-    exists_RC = inside_R[:, None] & (columns_C < length)[None, :]
-    if CAUSAL:
-        exists_RC = exists_RC & (columns_C[None, :] <= rows_R[:, None])
-    weights_R = tl.load(weights_ptr + rows_R, mask=inside_R, other=0.0)
-    sums_RC = tl.where(exists_RC, sums_RC * weights_R[:, None], 0.0)
+        q_RD = _load(q, b, h, row_R, HEAD_DIM, D)
+        top_R = tl.load(top_ptr + bh * length + row_R)
+        inverse_R = tl.load(inverse_ptr + bh * length + row_R)
+        for piece in tl.static_range(0, PIECES):
+            read_C = tl.minimum(tl.maximum(more_C if piece else columns_C, 0), length - 1)
+            k_CD = _load(k, b, h // GROUP, read_C, HEAD_DIM, D)
+            scores_RC = tl.dot(q_RD, tl.trans(k_CD), input_precision="ieee")
+            if padding_ptr is not None:
+                real_C = tl.load(padding_ptr + b * length + read_C) != 0
+                scores_RC = tl.where(real_C[None, :], scores_RC, float("-inf"))
+            probs_RC = tl.exp2(scores_RC * scale_log2 - top_R[:, None])
+            if piece:
+                more_RC += probs_RC * inverse_R[:, None]
+            else:
+                sums_RC += probs_RC * inverse_R[:, None]
+    weights_R = tl.load(weights_ptr + row_R)
+    weights_R = tl.where((rows_R >= 0) & (rows_R < length), weights_R, 0.0)
+    for piece in tl.static_range(0, PIECES):
+        here_C = more_C if piece else columns_C
+        # Position and causality are the same for all heads: one mask at the end. Rows that do not
+        # exist have no weight.
+        exists_RC = ((here_C >= 0) & (here_C < length))[None, :]
+        if CAUSAL:
+            exists_RC = exists_RC & (here_C[None, :] <= rows_R[:, None])
+        mean_RC = tl.where(exists_RC, (more_RC if piece else sums_RC) * weights_R[:, None], 0.0)
+        at, size = (row_tile, column_tile * PIECES + piece), (row_tiles, column_tiles * PIECES)
+        if CORNERS:
+            _corner_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, BLOCK, HALF)
+        else:
+            _block_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, length, BLOCK, HALF, REACH)
 
-    # Entry (r, c) adds to block (i, j) once for every shift f, |f| <= HALF, with r - f in row i and
-    # c - f in column j: that many are in the intersection of two intervals.
-    top_block = tl.maximum(first_row - HALF, 0) // BLOCK
-    left_block = tl.maximum(first_column - HALF, 0) // BLOCK
-    part = parts_ptr + tl.program_id(1).to(tl.int64) * REACH * tl.num_programs(0) * REACH
-    part += tl.program_id(0) * REACH
+
+@triton.jit
+def _place(row_tiles: tl.tensor, column_tiles: tl.tensor) -> tl.tuple:
+    """Return the row and column tile of this program: down _ROW_GROUP rows, then to the right."""
+    group, within = (
+        tl.program_id(0) // (_ROW_GROUP * column_tiles),
+        tl.program_id(0) % (_ROW_GROUP * column_tiles),
+    )
+    rows = tl.minimum(row_tiles - group * _ROW_GROUP, _ROW_GROUP)
+    return group * _ROW_GROUP + within % rows, within // rows
+
+
+@triton.jit
+def _corner_sums(
+    mean_RC: tl.tensor,
+    rows_R: tl.tensor,
+    columns_C: tl.tensor,
+    sums_ptr: tl.tensor,  # (4, row groups, column groups) float32
+    at: tl.tuple,  # the tile's place, and how many there are, down and to the right
+    size: tl.tuple,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    """Write what each group of entries gives to the four blocks at its corner.
+
+    Of the 2 · HALF + 1 shifted copies of entry (r, c), x are below the corner's border and y to
+    the right of it. As the shifts are the same, min(x, y) copies are both: they are the lower
+    right block's; x - min(x, y) are the lower left's, y - min(x, y) the upper right's.
+    """
+    R: tl.constexpr = mean_RC.shape[0]
+    C: tl.constexpr = mean_RC.shape[1]
+    ROWS: tl.constexpr = R if R < BLOCK else BLOCK
+    COLUMNS: tl.constexpr = C if C < BLOCK else BLOCK
+    x_R1, y_1C = _beyond(rows_R, BLOCK, HALF)[:, None], _beyond(columns_C, BLOCK, HALF)[None, :]
+    both_RC = tl.minimum(x_R1, y_1C)
+    above_RC = y_1C - both_RC
+    group_R = at[0] * (R // ROWS) + tl.arange(0, R // ROWS)
+    group_C = at[1] * (C // COLUMNS) + tl.arange(0, C // COLUMNS)
+    row_groups, column_groups = size[0] * (R // ROWS), size[1] * (C // COLUMNS)
+    place = sums_ptr + group_R.to(tl.int64)[:, None] * column_groups + group_C[None, :]
+    for corner in tl.static_range(0, 4):
+        if corner == 0:
+            count_RC = both_RC
+        elif corner == 1:
+            count_RC = x_R1 - both_RC
+        elif corner == 2:
+            count_RC = above_RC
+        else:
+            count_RC = (2 * HALF + 1 - x_R1) - above_RC
+        share = tl.reshape(count_RC * mean_RC, (R, C // COLUMNS, COLUMNS)).sum(axis=2)
+        share = tl.reshape(share, (R // ROWS, ROWS, C // COLUMNS)).sum(axis=1)
+        tl.store(place + row_groups.to(tl.int64) * column_groups * corner, share)
+
+
+@triton.jit
+def _beyond(tokens: tl.tensor, BLOCK: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """Return how many shifted copies of each token are at or past the nearest border of blocks."""
+    border = (tokens + BLOCK // 2) // BLOCK * BLOCK
+    copies = tl.minimum(tl.maximum(tokens - border + HALF + 1, 0), 2 * HALF + 1)
+    return copies.to(tl.float32)
+
+
+@triton.jit
+def _block_sums(
+    mean_RC: tl.tensor,
+    rows_R: tl.tensor,
+    columns_C: tl.tensor,
+    sums_ptr: tl.tensor,  # (row tiles, REACH, column tiles, REACH) float32
+    at: tl.tuple,
+    size: tl.tuple,
+    length: tl.tensor,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    REACH: tl.constexpr,
+) -> None:
+    """Write what the tile gives to each of the REACH × REACH blocks that it may reach.
+
+    Entry (r, c) adds to block (i, j) once for every shift f, |f| <= HALF, with r - f in row i and
+    c - f in column j: that many are in the intersection of two intervals.
+    """
+    top_block = tl.maximum(at[0] * mean_RC.shape[0] - HALF, 0) // BLOCK
+    left_block = tl.maximum(at[1] * mean_RC.shape[1] - HALF, 0) // BLOCK
+    width = size[1] * REACH
+    place = sums_ptr + at[0].to(tl.int64) * REACH * width + at[1] * REACH
     for j in range(0, REACH):
         low_C, high_C = _shifts(columns_C, left_block + j, length, BLOCK, HALF)
         for i in range(0, REACH):
             low_R, high_R = _shifts(rows_R, top_block + i, length, BLOCK, HALF)
             high_RC = tl.minimum(high_R[:, None], high_C[None, :])
             count_RC = tl.maximum(high_RC - tl.maximum(low_R[:, None], low_C[None, :]), 0.0)
-            value = tl.sum(count_RC * sums_RC)
-            tl.store(part + i * tl.num_programs(0) * REACH + j, value)
+            tl.store(place + i * width + j, tl.sum(count_RC * mean_RC))
 
 
 @triton.jit
@@ -164,46 +301,18 @@ def _shifts(
 
 
 @triton.jit
-def _mask(
-    scores_RC: tl.tensor,
-    rows_R: tl.tensor,
-    columns_C: tl.tensor,
-    length: tl.tensor,
-    padding_ptr: tl.tensor,  # of the sample
-    END: tl.constexpr,
-    CAUSAL: tl.constexpr,
-) -> tl.tensor:
-    """Return the scores with -inf for keys past the sequence, padded or in the future."""
-    if END:
-        scores_RC = tl.where((columns_C < length)[None, :], scores_RC, float("-inf"))
-    if padding_ptr is not None:
-        real_C = tl.load(padding_ptr + columns_C, mask=columns_C < length, other=0) != 0
-        scores_RC = tl.where(real_C[None, :], scores_RC, float("-inf"))
-    if CAUSAL:
-        past_RC = columns_C[None, :] <= rows_R[:, None]
-        scores_RC = tl.where(past_RC, scores_RC, float("-inf"))
-    return scores_RC
-
-
-@triton.jit
 def _load(
     x: tl.tuple,
     b: tl.tensor,
     h: tl.tensor,
     tokens: tl.tensor,
-    length: tl.tensor,
-    MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
 ) -> tl.tensor:
-    """Return tokens of a head, (tokens, D), 0 past head_dim and, with MASK, past the sequence."""
+    """Return tokens of a head, (tokens, D), 0 past head_dim; the tokens exist."""
     column = tl.arange(0, D)[None, :]
     pointers = x[0] + b * x[1] + h * x[2] + tokens.to(tl.int64)[:, None] * x[3] + column
-    if MASK and HEAD_DIM < D:
-        tile = tl.load(pointers, mask=(tokens < length)[:, None] & (column < HEAD_DIM), other=0.0)
-    elif MASK:
-        tile = tl.load(pointers, mask=(tokens < length)[:, None], other=0.0)
-    elif HEAD_DIM < D:
+    if HEAD_DIM < D:
         tile = tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
     else:
         tile = tl.load(pointers)
@@ -226,59 +335,99 @@ def unsupported(request: MapRequest) -> str | None:
     return None
 
 
+def choose_tiles(q: Tensor) -> tuple[MapTiles, MapTiles]:
+    """Return how the softmax kernel and the tile kernel cut their work."""
+    if q.dtype == torch.float32:
+        # Full float32 products use no tensor cores, and hold their operands in registers.
+        return MapTiles(32, 32, 1, 4, 1), MapTiles(32, 32, 1, 4, 1)
+    stages = 3 if q.shape[3] <= 64 else 2
+    return MapTiles(128, 64, 1, 8, stages), MapTiles(128, 64, 2, 8, stages)
+
+
 def block_sums_triton(request: MapRequest) -> Tensor:
     """Return what ``block_sums_torch`` returns.
 
     Products are in the inputs' dtype, scores, probabilities and the sums of a tile float32; tiles
     are added in float64. The request must be one that :func:`unsupported` has nothing against.
     """
-    q = request.q.detach() if request.q.stride(-1) == 1 else request.q.detach().contiguous()
-    k = request.k.detach() if request.k.stride(-1) == 1 else request.k.detach().contiguous()
+    q, k, scale = request.q.detach(), request.k.detach(), request.scale
+    if scale <= 0.0:  # the kernels need one above 0
+        q, scale = q * (-1.0 if scale < 0.0 else 0.0), -scale or 1.0
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, heads, length, head_dim = q.shape
     padding = request.key_padding_mask
     padding = None if padding is None else padding.contiguous().view(torch.uint8)
     top, inverse = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
-    tile, options = _tile(q)
-    tiles = triton.cdiv(length, tile)
-    half, block = request.filter_size // 2, request.block
-    reach = min((tile + 2 * half - 2) // block + 2, -(-length // block))
-    parts = torch.empty((tiles, reach, tiles, reach), dtype=torch.float32, device=q.device)
+    softmax, tiles = choose_tiles(q)
+    sums = _Sums(request, tiles)
     strided = ((q, *q.stride()[:3]), (k, *k.stride()[:3]))
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    shape = (heads // k.shape[1], head_dim, padded_dim, tile, min(tile, 64), request.causal)
-    scale = request.scale * _LOG2_E
+    shape = (heads // k.shape[1], head_dim, padded_dim, request.causal)
     with torch.cuda.device_of(q):
-        attention_map_softmax_kernel[(tiles, batch * heads)](
-            *strided, top, inverse, padding, heads, length, scale, *shape, **options
+        attention_map_softmax_kernel[(triton.cdiv(length, softmax.rows), batch * heads)](
+            *(*strided, top, inverse, padding, heads, length, scale * _LOG2_E),
+            *(*shape, softmax.rows, softmax.columns),
+            **softmax.launch,
         )
-        attention_map_tile_kernel[(tiles, tiles)](
-            *strided,
-            *(top, inverse, padding, request.row_weights.float(), parts),
-            *(batch, heads, length, scale),
-            *(*shape[:4], tile, request.causal),
-            *(block, half, reach),
-            **options,
+        attention_map_tile_kernel[(sums.row_tiles * sums.column_tiles,)](
+            *(*strided, top, inverse, padding, request.row_weights.float(), sums.parts),
+            *(batch, heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles),
+            *(*shape, tiles.rows, tiles.columns, tiles.pieces),
+            *(request.block, request.filter_size // 2, sums.corners, sums.reach),
+            **tiles.launch,
         )
-    return _add_parts(parts, tile, length, block, half)
+    return sums.add_up()
 
 
-def _tile(q: Tensor) -> tuple[int, dict[str, int]]:
-    """Return the side of a tile of the map, and Triton's launch options."""
-    if q.dtype == torch.float32:
-        # Full float32 products use no tensor cores, and hold their operands in registers.
-        return 32, {"num_warps": 4, "num_stages": 1}
-    return 128, {"num_warps": 8, "num_stages": 3 if q.shape[3] <= 64 else 2}
+class _Sums:
+    """What the tile kernel writes for a request, and how it adds up to the block sums."""
 
+    def __init__(self, request: MapRequest, tiles: MapTiles) -> None:
+        block, half = request.block, request.filter_size // 2
+        self.block, self.half, self.n = block, half, -(-request.length // block)
+        self.rows, self.columns = tiles.rows, tiles.columns
+        self.corners = (
+            block & (block - 1) == 0 and request.length % block == 0 and 2 * half <= block
+        )
+        # Corners lie on both sides of the first and of the last block.
+        covered = request.length + block if self.corners else request.length
+        self.row_tiles = triton.cdiv(covered, tiles.rows)
+        self.column_tiles = triton.cdiv(covered, tiles.columns * tiles.pieces)
+        pieces = self.column_tiles * tiles.pieces
+        self.reach = min((max(tiles.rows, tiles.columns) + 2 * half - 2) // block + 2, self.n)
+        shape: tuple[int, ...] = (self.row_tiles, self.reach, pieces, self.reach)
+        if self.corners:
+            groups = [max(1, side // block) for side in (tiles.rows, tiles.columns)]
+            shape = (4, self.row_tiles * groups[0], pieces * groups[1])
+        self.parts = torch.empty(shape, dtype=torch.float32, device=request.q.device)
 
-def _add_parts(parts: Tensor, tile: int, length: int, block: int, half: int) -> Tensor:
-    """Return (n, n) float64: the parts (tiles, reach, tiles, reach) added where they belong.
+    def add_up(self) -> Tensor:
+        """Return the block sums, (n, n) float64."""
+        if not self.corners:
+            into_rows, into_columns = self._chosen(self.rows, 0), self._chosen(self.columns, 2)
+            parts = self.parts.flatten(2).flatten(0, 1).to(torch.float64)
+            return into_rows @ parts @ into_columns.T
+        n = self.n
+        lower_right, lower_left, upper_right, upper_left = (self._at_corners(i) for i in range(4))
+        total = lower_right[:n, :n] + lower_left[:n, 1:]
+        return total + upper_right[1:, :n] + upper_left[1:, 1:]
 
-    As products with zeros and ones: index_add_ on a GPU would add in no fixed order.
-    """
-    tiles, reach = parts.shape[:2]
-    n = -(-length // block)
-    first = torch.arange(tiles, device=parts.device) * tile - half
-    to = first.clamp(min=0)[:, None] // block + torch.arange(reach, device=parts.device)
-    chosen = torch.arange(n, device=parts.device)[:, None] == to.flatten()
-    chosen = chosen.to(torch.float64)  # (n, tiles * reach)
-    return chosen @ parts.view(tiles * reach, -1).to(torch.float64) @ chosen.T
+    def _at_corners(self, quarter: int) -> Tensor:
+        """Return what each corner gives to one of its blocks, (n + 1, n + 1) float64."""
+        corners = self.n + 1
+        down, right = max(1, self.block // self.rows), max(1, self.block // self.columns)
+        parts = self.parts[quarter, : corners * down, : corners * right]
+        parts = parts.unflatten(1, (corners, right)).unflatten(0, (corners, down))
+        return parts.sum(dim=(1, 3), dtype=torch.float64)
+
+    def _chosen(self, side: int, dim: int) -> Tensor:
+        """Return the 0 and 1 that add the parts of tiles where they belong, (n, parts) float64.
+
+        As a product, since index_add_ on a GPU would add in no fixed order.
+        """
+        device = self.parts.device
+        first = torch.arange(self.parts.shape[dim], device=device) * side - self.half
+        first = first.clamp(min=0) // self.block
+        to = first[:, None] + torch.arange(self.reach, device=device)
+        chosen = torch.arange(self.n, device=device)[:, None] == to.flatten()
+        return chosen.to(torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.errors import ConfigError
-from spion_ds.extension import operators_available
+from spion_ds.extension import cuda_operators_available, operators_available
 
 
 def flood_fill(pooled: Tensor, threshold: float) -> Tensor:
@@ -16,8 +16,8 @@ def flood_fill(pooled: Tensor, threshold: float) -> Tensor:
 
     Walks start at every block of the first row and of the first column, and go down, right or
     diagonally to the largest neighbour until they leave the map. Values are compared in float64.
-    The diagonal is not forced in. Runs in C++ on the CPU where the operator is available, else
-    in Python, with the same result.
+    The diagonal is not forced in. Runs where the map is, in CUDA or C++, a thread a walk or some;
+    without a CUDA compiler in C++ on the CPU, and without any in Python, with the same result.
 
     Args:
         pooled: (n, n) pooled attention map, any floating dtype, any device, finite.
@@ -34,6 +34,8 @@ def flood_fill(pooled: Tensor, threshold: float) -> Tensor:
     if math.isnan(threshold):
         raise ConfigError("threshold is nan; allowed: any number")
     check_pooled(pooled)
+    if pooled.is_cuda and cuda_operators_available(torch.cuda.get_device_capability(pooled.device)):
+        return torch.ops.spion_ds.flood_fill(pooled.detach(), threshold)
     on_cpu = pooled.detach().to("cpu", torch.float64)
     if operators_available():
         marked = torch.ops.spion_ds.flood_fill(on_cpu, threshold)

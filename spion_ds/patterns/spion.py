@@ -96,7 +96,8 @@ def pattern_from_pooled(
 
 def top_blocks(pooled: Tensor, count: int) -> Tensor:
     """Return the ``count`` largest blocks, the earlier in row-major order in a tie; (n, n) bool."""
-    order = pooled.detach().flatten().sort(descending=True, stable=True).indices
+    # Adding 0.0 makes -0.0 equal to 0.0 for sorts that look at bits.
+    order = (pooled.detach().flatten() + 0.0).sort(descending=True, stable=True).indices
     pattern = torch.zeros(pooled.numel(), dtype=torch.bool, device=pooled.device)
     pattern[order[:count]] = True
     return pattern.view_as(pooled)

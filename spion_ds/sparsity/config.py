@@ -49,6 +49,16 @@ class SparsityConfig:
         """Return the int64 layout (num_heads, n, n) of 0 and 1 for ``seq_len`` tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not define make_layout")
 
+    def make_mask(self, seq_len: int) -> Tensor:
+        """Return the kept blocks for ``seq_len`` tokens, the last block partial or not.
+
+        Returns:
+            (n, n) bool on the CPU for all heads, or (num_heads, n, n) with one layout a head;
+            n = ceil(seq_len / block). Not to be written to.
+        """
+        layout = self.make_layout(-(-seq_len // self.block) * self.block).bool()
+        return layout if self.different_layout_per_head else layout[0]
+
     def check_and_propagate_first_head_layout(self, layout: Tensor) -> Tensor:
         """Copy the first head's layout to all heads, in place, unless each has its own."""
         if not self.different_layout_per_head:

@@ -68,13 +68,22 @@ class SwitchingSparsityConfig(SparsityConfig):
                 another sequence length.
         """
         layout = self.setup_layout(seq_len)
+        layout[0] = self.make_mask(seq_len)
+        return self.check_and_propagate_first_head_layout(layout)
+
+    def make_mask(self, seq_len: int) -> Tensor:
+        """Return the (n, n) bool pattern itself: all True while there is none.
+
+        Raises:
+            ConfigError: the pattern was found at another sequence length.
+        """
+        n = -(-seq_len // self.block)
         if self._pattern is None:
-            return layout.fill_(1)
-        if self._pattern.shape != layout.shape[1:]:
+            return torch.ones((n, n), dtype=torch.bool)
+        if self._pattern.shape[0] != n:
             captured = self._pattern.shape[0] * self.block
             raise ConfigError(
                 f"the pattern was found at {captured} tokens and the input has {seq_len}; pad or "
                 f"cut the input to {captured} tokens, or find a pattern at this length"
             )
-        layout[0] = self._pattern.to(torch.int64)
-        return self.check_and_propagate_first_head_layout(layout)
+        return self._pattern

@@ -28,6 +28,7 @@ from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_con
 from spion_ds.training.schedule import OneCycle
 
 RULES = ("distance", "fixed", "skewness")
+RESOLUTIONS = ("token", "block")
 # What a mode does as published, where the recipe does not say otherwise.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "spion": {"rule": "distance"},
@@ -44,6 +45,8 @@ class TransitionConfig:
     Attributes:
         rule: ``"distance"`` (SPION's, the default), ``"skewness"`` (SAT's, mode ``sat``'s
             default) or ``"fixed"`` (after ``switch_step`` steps).
+        resolution: of the maps: ``"token"``, (L, L) as published, or ``"block"``, pooled to (n, n)
+            while they are computed. The patterns are the same; the rules compare these.
         check_every: steps between two checks of a rule that looks at maps; 1 in mode ``sat``.
         threshold_percent: the distance's change below which the distance rule fires.
         min_skewness: of every layer's map for the skewness rule to fire.
@@ -53,6 +56,7 @@ class TransitionConfig:
     """
 
     rule: str = "distance"
+    resolution: str = "token"
     check_every: int = 500
     threshold_percent: int = 15
     min_skewness: float = 1.7
@@ -65,6 +69,8 @@ class TransitionConfig:
         at = "transition."
         if self.rule not in RULES:
             raise ConfigError(unknown_name(f"{at}rule", self.rule, RULES))
+        if self.resolution not in RESOLUTIONS:
+            raise ConfigError(unknown_name(f"{at}resolution", self.resolution, RESOLUTIONS))
         require(self.check_every >= 1, f"{at}check_every", self.check_every, "from 1 up")
         require(
             1 <= self.threshold_percent <= 100,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spion_ds.attention import AttentionMapAccumulator, SparseSelfAttention
+from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator, SparseSelfAttention
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import SpionError
 from spion_ds.patterns import TransitionReport, TransitionRule
@@ -34,7 +34,8 @@ class Decision:
         masks: one (n, n) bool mask a layer on the CPU, or None to stay dense.
         digest: sha256 of the packed masks, hexadecimal ("" when staying dense).
         report: distances and changes; on rank 0 only.
-        maps: (L, L) float32 mean map a layer; on rank 0 only.
+        maps: what the rule saw, one map a layer: (L, L) float32 mean maps, or at block resolution
+            ``pooled``; on rank 0 only.
         pooled: (n, n) float64 pooled map a layer; on rank 0 only, and where patterns come from it.
     """
 
@@ -67,7 +68,7 @@ class Coordinator:
 
     def check(
         self,
-        observed: Sequence[AttentionMapAccumulator],
+        observed: Sequence[AttentionMapAccumulator | PooledMapAccumulator],
         *,
         force: bool,
         weights: Sequence[Tensor] | None = None,
@@ -75,7 +76,8 @@ class Coordinator:
         """Return the decision; call it on every rank in the same step.
 
         Args:
-            observed: one accumulator a layer with this rank's share of the global batch.
+            observed: one accumulator a layer with this rank's share of the global batch; all
+                token-level, or all pooled as the layer's pattern needs it.
             force: switch even if the rule does not fire.
             weights: SAT's W of each layer, which then gives the pattern in the pooled map's place.
 
@@ -90,8 +92,12 @@ class Coordinator:
                 report = self.rule.update(maps)
                 if weights is None:
                     pooled = [
-                        config.pool(attention)
-                        for config, attention in zip(self.sparsity_configs, maps, strict=True)
+                        attention
+                        if isinstance(layer, PooledMapAccumulator)
+                        else config.pool(attention)
+                        for config, layer, attention in zip(
+                            self.sparsity_configs, observed, maps, strict=True
+                        )
                     ]
                 if report.fire or force:
                     sources = weights or pooled or []
@@ -119,8 +125,8 @@ class Coordinator:
             _fill(message, _SWITCH, b"".join(pack_mask(mask) for mask in masks))
         self.agreement.broadcast(message)
         status = int(message[0])
-        digest = bytes(message[1 : 1 + _DIGEST_BYTES].tolist())
-        body = bytes(message[1 + _DIGEST_BYTES :].tolist())
+        digest = message[1 : 1 + _DIGEST_BYTES].numpy().tobytes()
+        body = message[1 + _DIGEST_BYTES :].numpy().tobytes()
         sound = status == _STAY or hashlib.sha256(body).digest() == digest
         if self.agreement.any(not sound) or self.agreement.differing(status):
             raise CoordinationError(
@@ -140,14 +146,19 @@ def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> st
     """Return the sha256 of the block layouts of all layers at ``length`` tokens, hexadecimal."""
     digest = hashlib.sha256()
     for attention in attentions:
-        block = attention.sparsity_config.block
-        layout = attention.sparsity_config.make_layout(-(-length // block) * block)
-        digest.update(layout.bool().contiguous().numpy().tobytes())
+        mask = attention.sparsity_config.make_mask(length)
+        digest.update(mask.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _mean_map(layer: AttentionMapAccumulator) -> Tensor:
-    """Return the (L, L) float32 mean over the global batch, right on rank 0 only."""
+def _mean_map(layer: AttentionMapAccumulator | PooledMapAccumulator) -> Tensor:
+    """Return the mean over the global batch, right on rank 0 only.
+
+    (L, L) float32, or (n, n) float64 of a pooled map, which is not rounded before the walks.
+    """
+    if isinstance(layer, PooledMapAccumulator):
+        dist.reduce(layer.total, dst=0)
+        return layer.total
     assert layer.total is not None
     assert layer.count is not None
     dist.reduce(layer.total, dst=0)
@@ -158,6 +169,6 @@ def _mean_map(layer: AttentionMapAccumulator) -> Tensor:
 def _fill(message: Tensor, status: int, body: bytes) -> None:
     start = 1 + _DIGEST_BYTES
     message[start : start + len(body)] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-    digest = hashlib.sha256(bytes(message[start:].tolist())).digest()
+    digest = hashlib.sha256(message[start:].numpy().tobytes()).digest()
     message[1:start] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     message[0] = status

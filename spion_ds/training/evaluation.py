@@ -133,5 +133,4 @@ def static_mask(sparsity: SparsityConfig, length: int) -> Tensor:
     Returns:
         (n, n) bool on the CPU, or (heads, n, n) with one layout a head; n = ceil(length / block).
     """
-    layout = sparsity.make_layout(-(-length // sparsity.block) * sparsity.block).bool()
-    return layout if sparsity.different_layout_per_head else layout[0]
+    return sparsity.make_mask(length)

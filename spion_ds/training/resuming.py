@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spion_ds.errors import CheckpointError
-from spion_ds.training.checkpoint import IDENTITY, identity
+from spion_ds.training.checkpoint import IDENTITY, TrainingState, identity
 from spion_ds.training.config import RunConfig
 from spion_ds.training.deepspeed_config import zero_stage
 from spion_ds.training.ranks import Agreement, Ranks
@@ -75,6 +75,20 @@ def plan_resume(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ran
         "and data position go on, but DeepSpeed cannot carry the optimizer's state over, so the "
         "optimizer starts anew",
     )
+
+
+def check_rule_memory(folder: Path, state: TrainingState, config: RunConfig) -> None:
+    """Raise CheckpointError if the rule remembers maps of another resolution than it will get."""
+    before = state.rule.get("before") if state.masks is None else None
+    if not before:
+        return
+    found = "token" if before[0].shape[-1] == config.data.sequence_length else "block"
+    if found != config.transition.resolution:
+        raise CheckpointError(
+            f"transition.resolution is {config.transition.resolution}, and the checkpoint {folder} "
+            f"remembers maps of resolution {found}, with which the distance rule goes on; resume "
+            f"it with transition.resolution={found}"
+        )
 
 
 def make_universal(folder: Path, agreement: Agreement) -> Path:

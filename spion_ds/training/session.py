@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from spion_ds.data import Dataset, Split, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
-from spion_ds.extension import operators_available
+from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.settings import require
 from spion_ds.training.checkpoint import load_state
 from spion_ds.training.checkpoint_files import check_whole, find_checkpoint, has_checkpoint
@@ -26,8 +27,9 @@ from spion_ds.training.config import (
     read_recipe,
 )
 from spion_ds.training.evaluation import Evaluation, evaluate, load_model
+from spion_ds.training.map_memory import check_map_memory
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
-from spion_ds.training.resuming import Resume, plan_resume
+from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
 from spion_ds.training.summary import summary_table
@@ -127,7 +129,7 @@ def train(options: TrainOptions) -> None:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config, options.data_dir, ranks, agreement)
         if ranks.is_first and config.switches:
-            operators_available()  # compiled now, if need be, and not at the switch
+            _compile_operators(ranks)
         folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
         if ranks.is_first:
             _introduce(config, folder, ranks, resume)
@@ -153,6 +155,14 @@ def prepare_data(config: RunConfig, data_dir: Path, ranks: Ranks, agreement: Agr
         agreement.together(lambda: None)
         dataset = prepare(config.data, data_dir, verify=False)
     return dataset
+
+
+def _compile_operators(ranks: Ranks) -> None:
+    """Compile what rank 0 makes patterns with now, if need be, and not at the switch."""
+    if ranks.device.type == "cuda":
+        cuda_operators_available(torch.cuda.get_device_capability(ranks.device))
+    else:
+        operators_available()
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
@@ -207,9 +217,11 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
         world_size=ranks.world_size,
         device_type=ranks.device.type,
     )
+    check_map_memory(config, ranks)
     if checkpoint is not None:
         state, run = load_state(checkpoint)
         plan_resume(checkpoint, run, config, ranks)
+        check_rule_memory(checkpoint, state, config)
         # Going on by itself, a run that was killed after its last step still gets its summary.
         if state.step >= config.training.steps and options.resume != AUTO:
             raise CheckpointError(
@@ -304,6 +316,8 @@ def _introduce(config: RunConfig, folder: Path, ranks: Ranks, resume: Resume | N
     print(f"run folder: {folder}" + (f", resumed from {resume.folder.name}" if resume else ""))
     if resume and resume.note:
         print(f"note: {resume.note}")
+    if note := check_map_memory(config, ranks):
+        print(f"note: {note}")
     sys.stdout.flush()
 
 

@@ -6,13 +6,15 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from spion_ds.attention import AttentionMapAccumulator
+from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.dropout import sample_keys
+from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
 from spion_ds.data import Dataset
 from spion_ds.errors import SpionError
 from spion_ds.sparsity import SwitchingSparsityConfig
@@ -179,9 +181,10 @@ class Trainer:
         checking = config.switches and phase == "dense" and config.transition.is_check(number)
         # Where every step is a check, the checks are part of the step.
         timed = not checking or config.transition.check_every == 1
-        observed: list[AttentionMapAccumulator] = []
+        observed: list[AttentionMapAccumulator | PooledMapAccumulator] = []
+        samples = self.order.samples(state.step)
         if checking:
-            observed = [AttentionMapAccumulator() for _ in self.model.attentions]
+            observed = self._observers(samples)
         if timed:
             self.timer.start()
         else:
@@ -189,12 +192,8 @@ class Trainer:
         self._rate = config.schedule.at(state.step, state.switch_step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
-        samples = self.order.samples(state.step)
         counted = torch.zeros_like(self._sums)
-        for micro_step in range(config.batches.accumulation):
-            positions = micro_batch_positions(
-                micro_step, config.batches.micro, self.ranks.rank, self.ranks.world_size
-            )
+        for micro_step, positions in enumerate(self._positions()):
             batch = read_batch(self.dataset.train, samples[positions], self.device)
             keys = sample_keys(
                 state.seed, state.step, torch.from_numpy(positions), self.model.dropout_places
@@ -228,6 +227,32 @@ class Trainer:
             self.timer.count()
         return phase
 
+    def _positions(self) -> list[np.ndarray]:
+        """Return the places in the global batch of each of this rank's micro-batches."""
+        batches, ranks = self.config.batches, self.ranks
+        return [
+            micro_batch_positions(micro_step, batches.micro, ranks.rank, ranks.world_size)
+            for micro_step in range(batches.accumulation)
+        ]
+
+    def _observers(
+        self, samples: np.ndarray
+    ) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
+        """Return one accumulator a layer for the global batch of ``samples``."""
+        layers = self.coordinator.sparsity_configs
+        if self.config.transition.resolution == "token":
+            return [AttentionMapAccumulator() for _ in layers]
+        # Pooling mixes rows, so their weights in the mean are needed before the first micro-batch.
+        count = torch.zeros(
+            self.config.data.sequence_length, dtype=torch.float64, device=self.device
+        )
+        for positions in self._positions():
+            batch = read_batch(self.dataset.train, samples[positions], self.device)
+            count += row_counts(batch.padding_mask, self.config.model.heads)
+        dist.all_reduce(count)
+        weights = mean_row_weights(count)
+        return [PooledMapAccumulator(layer.block, layer.convolution, weights) for layer in layers]
+
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""
         skips = False
@@ -250,7 +275,7 @@ class Trainer:
             self.log.say(f"{found}; the step is skipped")
         return skips
 
-    def _check(self, observed: list[AttentionMapAccumulator]) -> None:
+    def _check(self, observed: list[AttentionMapAccumulator | PooledMapAccumulator]) -> None:
         state, started = self.state, time.perf_counter()
         force = self.config.transition.is_forced(state.step)
         try:
@@ -384,7 +409,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         self.timer.stop()
         self._compare_layouts()
-        # The rule's memory is maps of L×L; once it has fired nobody asks it again.
+        # The rule's memory is a map a layer; once it has fired nobody asks it again.
         self.state.rule = self.rule.state_dict() if self.state.masks is None else {}
         place = save_checkpoint(
             self.engine, self.checkpoints, self.state, self.config, self.ranks, self.agreement

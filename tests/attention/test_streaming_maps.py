@@ -261,25 +261,60 @@ def test_specification_makes_nothing_of_the_size_of_rows_times_keys(monkeypatch)
     assert 2 * 32**2 <= largest < 2 * 32 * length
 
 
-# The interpreter takes milliseconds a tile.
-TRITON_SHAPES = [(16, 16, 1), (45, 20, 7), (70, 16, 31), (33, 33, 63)]
-TRITON_FEATURES = [(False, "none"), (True, "holes"), (True, "whole_sample")]
+# The interpreter takes milliseconds a tile. Filters no wider than a block, which is a power of two
+# and divides the length: tiles are cut at the corners of blocks. Then others.
+TRITON_CASES = [
+    ((64, 32, 31), False, "none"),
+    ((96, 32, 1), True, "holes"),
+    ((128, 64, 31), False, "holes"),
+    ((128, 64, 31), True, "whole_sample"),
+    ((128, 128, 63), True, "none"),
+    ((96, 16, 15), False, "whole_sample"),
+    ((16, 16, 31), False, "none"),
+    ((45, 20, 7), True, "holes"),
+    ((70, 16, 31), False, "none"),
+    ((70, 16, 31), True, "whole_sample"),
+    ((33, 33, 63), True, "holes"),
+]
 
 
-@needs_triton
-@pytest.mark.parametrize(("causal", "padding"), TRITON_FEATURES)
-@pytest.mark.parametrize(("length", "block", "filter_size"), TRITON_SHAPES)
-def test_triton_is_the_specification(length, block, filter_size, causal, padding, device):
+def triton_sums(request: MapRequest, device) -> Tensor:
     from spion_ds.attention import triton_maps
 
-    request = request_of(length, block, filter_size, causal, padding)
-    expected = block_sums_torch(in_float64(request))
     moved = MapRequest(*(x.to(device) if isinstance(x, Tensor) else x for x in request))
     assert triton_maps.unsupported(moved) is None
     found = triton_maps.block_sums_triton(moved)
-    assert relative_error(found.cpu(), expected) < FLOAT32_TOLERANCE
-    assert torch.equal(found.cpu() == 0.0, expected == 0.0)
     assert torch.equal(triton_maps.block_sums_triton(moved), found)
+    return found.cpu()
+
+
+@needs_triton
+@pytest.mark.parametrize(("shape", "causal", "padding"), TRITON_CASES)
+def test_triton_is_the_specification(shape, causal, padding, device):
+    request = request_of(*shape, causal, padding)
+    expected = block_sums_torch(in_float64(request))
+    found = triton_sums(request, device)
+    assert relative_error(found, expected) < FLOAT32_TOLERANCE
+    assert torch.equal(found == 0.0, expected == 0.0)
+
+
+# Tiles of 16-bit inputs are larger: of two pieces, several corners of blocks in one, one in both.
+@needs_triton
+@pytest.mark.parametrize("shape", [(192, 32, 31), (256, 128, 31), (150, 50, 15)])
+def test_triton_computes_16_bit_inputs_in_float32(shape, device):
+    request = request_of(*shape, True, "holes", torch.float16)
+    expected = block_sums_torch(in_float64(request))
+    found = triton_sums(request, device)
+    assert relative_error(found, expected) < FLOAT32_TOLERANCE
+    assert torch.equal(found == 0.0, expected == 0.0)
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_triton_takes_scales_of_any_sign(scale, device):
+    request = request_of(64, 32, 31)._replace(scale=scale)
+    expected = block_sums_torch(in_float64(request))
+    assert relative_error(triton_sums(request, device), expected) < FLOAT32_TOLERANCE
 
 
 @needs_triton

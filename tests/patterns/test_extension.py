@@ -81,6 +81,51 @@ def test_a_broken_compiler_is_one_warning_and_python_does_the_work(compiler, tmp
     assert [path.name for path in next(cache.iterdir()).iterdir()] == ["compiling.lock"]
 
 
+CUDA = """
+from spion_ds.extension import cuda_operators_available
+print(cuda_operators_available((9, 0)))
+print(cuda_operators_available((9, 0)))
+"""
+
+
+def test_cuda_operators_compile_once_without_a_gpu(compiled_together):
+    if extension.find_nvcc() is None:
+        pytest.skip("no nvcc")
+    folder, _ = compiled_together
+    environment = {"SPION_DS_CACHE": str(folder.parent), "SPION_DS_NO_COMPILE": ""}
+    results = [finish(process) for process in [start(CUDA, **environment) for _ in range(2)]]
+    assert [result.stdout for result in results] == ["True\nTrue\n"] * 2
+    messages = [result.stderr.count("compiling its CUDA operators") for result in results]
+    assert sorted(messages) == [0, 1]
+    assert finish(start(CUDA, **environment)).stderr == ""
+
+
+@pytest.mark.parametrize("nvcc", [None, "fails"])
+def test_without_a_cuda_compiler_one_warning_says_what_it_costs(nvcc, compiled_together, tmp_path):
+    folder, _ = compiled_together
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    shutil.copytree(folder, cache / folder.name)  # the C++ operators
+    (tmp_path / "bin").mkdir()
+    if nvcc is not None:
+        script = tmp_path / "bin" / "nvcc"
+        script.write_text("#!/bin/sh\necho 'a.cu(1): error: it is broken' >&2\nexit 1\n")
+        script.chmod(0o755)
+    result = finish(
+        start(
+            CUDA + FILL,
+            CUDA_HOME=str(tmp_path),
+            PATH=str(tmp_path),
+            SPION_DS_CACHE=str(cache),
+            SPION_DS_NO_COMPILE="",
+        )
+    )
+    assert result.stdout == "False\nFalse\n" + FILLED + "True\n"
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert "pooled maps move to the CPU" in result.stderr
+    assert ("There is no nvcc" if nvcc is None else "a.cu(1): error: it is broken") in result.stderr
+
+
 def test_importing_loads_no_operator_and_no_compiler():
     code = (
         "import sys, torch, spion_ds.patterns; "

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from spion_ds.errors import ConfigError
-from spion_ds.patterns import flood_fill
+from spion_ds.extension import cuda_operators_available
+from spion_ds.patterns import flood_fill, pattern_from_pooled
 from spion_ds.patterns.flood_fill import flood_fill_reference
+from spion_ds.patterns.spion import VARIANTS
 
 from . import brute_force
 
@@ -159,3 +161,44 @@ def test_the_result_is_on_the_maps_device():
 def test_wrong_arguments_are_named(pooled, threshold, words):
     with pytest.raises(ConfigError, match=words):
         flood_fill(pooled, threshold)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_is_the_reference_with_ties_and_without():
+    if not cuda_operators_available(torch.cuda.get_device_capability()):
+        pytest.skip("no nvcc")
+    generator = np.random.default_rng(2)
+    for trial in range(400):
+        n = int(generator.integers(1, 70))
+        pooled = generator.integers(0, int(generator.integers(1, 6)), (n, n)).astype(np.float64)
+        if trial % 3 == 1:
+            pooled -= 2
+        if trial % 3 == 2:
+            pooled = generator.random((n, n))
+        threshold = float(np.quantile(pooled, generator.random()))
+        pooled = torch.from_numpy(pooled)
+        found = torch.ops.spion_ds.flood_fill(pooled.cuda(), threshold)
+        assert torch.equal(found.cpu(), flood_fill_reference(pooled, threshold))
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("n", [31, 1024])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_patterns_made_on_a_gpu_are_those_of_the_cpu(variant, n):
+    generator = torch.Generator().manual_seed(n)
+    smooth = torch.rand(n, n, generator=generator, dtype=torch.float64)
+    signs = 1 - 2 * torch.randint(0, 2, (n, n), generator=generator)
+    tied = smooth.round() * signs  # -1, -0, 0 and 1
+    for pooled in (smooth, smooth.float(), smooth.T, tied):
+        for share in (0.05, 0.5, 0.97):
+            expected = pattern_from_pooled(pooled, variant, alpha=share, density=share)
+            found = pattern_from_pooled(pooled.cuda(), variant, alpha=share, density=share)
+            assert found.is_cuda
+            assert torch.equal(found.cpu(), expected)

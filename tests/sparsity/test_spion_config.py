@@ -7,7 +7,7 @@ import torch
 
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import pool_map, spion_c, spion_cf, spion_f
-from spion_ds.sparsity import SpionSparsityConfig
+from spion_ds.sparsity import FixedSparsityConfig, SpionSparsityConfig
 
 LENGTH, BLOCK = 60, 6
 
@@ -60,6 +60,22 @@ def test_the_layout_is_dense_until_there_is_a_pattern_and_shared_by_all_heads(he
     config.set_pattern(None)
     assert config.pattern is None
     assert torch.equal(config.make_layout(48), dense)
+
+
+def test_masks_are_the_layouts_of_the_heads():
+    config = SpionSparsityConfig(3, 16)
+    assert torch.equal(config.make_mask(33), config.make_layout(48)[0].bool())
+    pattern = torch.eye(3, dtype=torch.bool)
+    config.set_pattern(pattern)
+    assert torch.equal(config.make_mask(33), pattern)  # a last block that is partial counts
+    with pytest.raises(ConfigError, match="the pattern was found at 48 tokens"):
+        config.make_mask(32)
+    for per_head in (False, True):
+        classic = FixedSparsityConfig(
+            4, 16, per_head, num_different_global_patterns=4 if per_head else 1
+        )
+        layout = classic.make_layout(160).bool()
+        assert torch.equal(classic.make_mask(150), layout if per_head else layout[0])
 
 
 def test_the_pattern_is_a_copy_of_what_was_set():

@@ -84,6 +84,8 @@ def assert_refused(capsys: pytest.CaptureFixture[str], words: list[object], *exp
         (["optimizer.lr=-1"], ["optimizer.lr", "-1", "above 0"]),
         (["optimizer.warmup_steps=1000"], ["optimizer.warmup_steps", "1000", "training.steps"]),
         (["transition.rule=distanse"], ["transition.rule", "did you mean 'distance'"]),
+        (["transition.resolution=tokens"], ["transition.resolution", "did you mean 'token'"]),
+        (["data.sequence_length=2097152"], ["resolution=token", "GiB", "resolution=block"]),
         (["transition.rule=fixed"], ["transition.switch_step is missing"]),
         (["transition.switch_step=5"], ["transition.switch_step", "distance rule"]),
         (["transition.max_dense_steps=12"], ["transition.max_dense_steps", "12", "1 to 11"]),

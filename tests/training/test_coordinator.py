@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from spion_ds.attention import AttentionMapAccumulator
+from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.layout import pack_mask
 from spion_ds.patterns import DistanceRule, FixedStepRule, SkewnessRule, sat_pattern, spion_cf
+from spion_ds.patterns.spion import VARIANTS
 from spion_ds.sparsity import SatSparsityConfig, SpionSparsityConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator
 from spion_ds.training.ranks import Agreement
@@ -53,6 +54,36 @@ def test_masks_are_the_patterns_of_the_mean_maps() -> None:
     packed = b"".join(pack_mask(mask) for mask in decision.masks)
     body = packed.ljust(1000, b"\0")
     assert decision.digest == hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pooled_maps_give_the_masks_of_token_level_maps(variant: str) -> None:
+    layers = [
+        SpionSparsityConfig(2, BLOCK, variant=variant, alpha=0.7, density=0.6, filter_size=5)
+        for _ in range(2)
+    ]
+    coordinator = Coordinator(DistanceRule(), layers, LENGTH // BLOCK, Agreement())
+    weights = torch.full((LENGTH,), 1 / 6)
+    reports, pooled = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        token = [AttentionMapAccumulator() for _ in range(2)]
+        block = [PooledMapAccumulator(BLOCK, c.convolution, weights) for c in layers]
+        for pair in zip(token, block, strict=True):
+            q, k = torch.randn(3, 2, LENGTH, 8), torch.randn(3, 2, LENGTH, 8)
+            for accumulator in pair:  # in two micro-batches
+                accumulator.add(q[:2], k[:2])
+                accumulator.add(q[2:], k[2:])
+        expected = Coordinator(FixedStepRule(), layers, LENGTH // BLOCK, Agreement())
+        found = coordinator.check(block, force=True)
+        assert found.digest == expected.check(token, force=True).digest != ""
+        assert found.report is not None
+        assert found.pooled is not None
+        reports.append(found.report)
+        pooled.append(found.pooled)
+    # The rule compares the pooled maps that the patterns are made from.
+    for now, before, distance in zip(pooled[1], pooled[0], reports[1].distances, strict=True):
+        assert distance == pytest.approx(float((now - before).norm()))
 
 
 def test_stays_dense_until_the_rule_fires_or_is_forced() -> None:

@@ -1,0 +1,61 @@
+"""The memory that token-level attention maps take, told or refused before a run starts."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from spion_ds.errors import ConfigError
+from spion_ds.training.config import RunConfig
+from spion_ds.training.ranks import Ranks
+
+# An entry of a layer's map on every rank: its float64 sum.
+_BYTES_A_RANK = 8
+# On rank 0 beside it, in float32: the mean, the rule's map before, and that map being replaced.
+_BYTES_OF_THE_RULE = 12
+_WORTH_SAYING = 1 << 30
+
+
+def token_map_bytes(config: RunConfig, ranks_on_device: int = 1) -> int:
+    """Return the bytes that the maps of a check take at its peak where rank 0 is.
+
+    Args:
+        config: the run; 0 if it makes no token-level maps.
+        ranks_on_device: how many ranks share that memory.
+    """
+    if not config.switches or config.transition.resolution != "token":
+        return 0
+    entries = config.model.layers * config.data.sequence_length**2
+    return entries * (_BYTES_A_RANK * ranks_on_device + _BYTES_OF_THE_RULE)
+
+
+def check_map_memory(config: RunConfig, ranks: Ranks) -> str:
+    """Return a sentence for the user if the maps of a check are large, else "".
+
+    Raises:
+        ConfigError: they are larger than the memory of the device.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    needed = token_map_bytes(config, 1 if on_gpu else ranks.local_world_size)
+    if needed < _WORTH_SAYING:
+        return ""
+    taken = (
+        f"transition.resolution=token keeps maps of {config.data.sequence_length} × "
+        f"{config.data.sequence_length} for {config.model.layers} layer(s): "
+        f"{needed / 2**30:.1f} GiB at a check"
+    )
+    remedy = "transition.resolution=block takes a few MiB and gives the same patterns"
+    present = _device_bytes(ranks)
+    if needed > present:
+        raise ConfigError(
+            f"{taken}, and the {ranks.device.type} has {present / 2**30:.1f} GiB; {remedy}"
+        )
+    return f"{taken}; {remedy}"
+
+
+def _device_bytes(ranks: Ranks) -> int:
+    if ranks.device.type == "cuda":
+        # Of the first GPU: this rank's may not exist, which is another error with its own words.
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
