@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import SparseSelfAttention
-from spion_ds.attention.dropout import dropout
+from spion_ds.attention.dropout import combine, dropout
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig
 
@@ -37,6 +37,8 @@ class ModelConfig:
         attention_dropout: probability, on the attention probabilities.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
             published code does.
+        zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
+            code, which so hides the black pixels of images.
         activation_checkpointing: whether training keeps only the layers' inputs and computes the
             rest again in the backward pass: less memory, a third more time. Results stay.
     """
@@ -50,6 +52,7 @@ class ModelConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     pooling: str = "masked_mean"
+    zero_is_padding: bool = False
     activation_checkpointing: bool = False
 
     def validate(self) -> None:
@@ -94,12 +97,16 @@ class EncoderLayer(nn.Module):
 class EncoderClassifier(nn.Module):
     """Embedding, learned positions, encoder layers, mean pooling, two-layer classifier.
 
+    With two documents a sample it is a dual encoder: the same layers pool each document to x₀ and
+    x₁, and the classifier sees [x₀, x₁, x₀∘x₁, x₀ − x₁].
+
     Args:
         config: sizes.
         sparse_attention: each layer gets a SparsityConfig of its own from it.
         vocab_size: token ids.
         num_classes: outputs.
         max_length: longest input, in tokens.
+        documents: sequences of a sample, 1 or 2.
     """
 
     def __init__(
@@ -109,9 +116,10 @@ class EncoderClassifier(nn.Module):
         vocab_size: int,
         num_classes: int,
         max_length: int,
+        documents: int = 1,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.documents = config, documents
         self.token_embedding = nn.Embedding(vocab_size, config.dim)
         self.position_embedding = nn.Embedding(max_length, config.dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -129,7 +137,7 @@ class EncoderClassifier(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim)
         self.classifier = nn.Sequential(
-            nn.Linear(config.dim, config.classifier_dim),
+            nn.Linear(config.dim if documents == 1 else 4 * config.dim, config.classifier_dim),
             nn.ReLU(),
             nn.Linear(config.classifier_dim, num_classes),
         )
@@ -150,12 +158,19 @@ class EncoderClassifier(nn.Module):
         """Return logits (B, classes).
 
         Args:
-            input_ids: (B, L) int64.
-            padding_mask: (B, L) bool, True = real token.
+            input_ids: (B, L) int64; (B, 2, L) with two documents.
+            padding_mask: bool of the same shape, True = real token.
             dropout_keys: (dropout_places, B) int32 from ``sample_keys``; None means no dropout on
                 the residual stream. Only used in training mode.
         """
         keys = dropout_keys if self.training else None
+        if self.config.zero_is_padding:
+            padding_mask = padding_mask & (input_ids != 0)
+        if self.documents > 1:  # (B, 2, L) → (2·B, L): both documents go through the same layers
+            input_ids, padding_mask = input_ids.flatten(0, 1), padding_mask.flatten(0, 1)
+            if keys is not None:
+                document = torch.arange(self.documents, dtype=torch.int32, device=keys.device)
+                keys = combine(keys[..., None], document).flatten(-2)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
@@ -167,7 +182,11 @@ class EncoderClassifier(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*inputs)
-        return self.classifier(self._pool(self.norm(x), padding_mask))
+        pooled = self._pool(self.norm(x), padding_mask)
+        if self.documents > 1:
+            first, second = pooled.unflatten(0, (-1, self.documents)).unbind(dim=1)
+            pooled = torch.cat([first, second, first * second, first - second], dim=-1)
+        return self.classifier(pooled)
 
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         if self.config.pooling == "mean":

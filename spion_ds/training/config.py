@@ -219,6 +219,12 @@ class RunConfig:
         )
 
     @property
+    def tokens_per_step(self) -> int:
+        """Sequence positions of a step, padding included, over all ranks."""
+        documents = get_task(self.task).documents
+        return self.batches.total * documents * self.data.sequence_length
+
+    @property
     def is_sparse(self) -> bool:
         """Whether the run is sparse at any time; a dense run stays dense throughout."""
         return self.sparse_attention.mode != "dense"

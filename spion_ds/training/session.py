@@ -330,7 +330,7 @@ def _sum_up(
 def _summary(
     trainer: Trainer, config: RunConfig, dataset: Dataset, test: Evaluation, folder: Path
 ) -> dict[str, Any]:
-    state, tokens = trainer.state, config.batches.total * config.data.sequence_length
+    state, tokens = trainer.state, config.tokens_per_step
     densities = [float(mask.double().mean()) for mask in state.masks or []]
     dense_steps = state.step if state.switch_step is None else state.switch_step
     times = seconds_per_step(folder)

@@ -295,7 +295,7 @@ class Trainer:
         if samples == 0:  # every step since the last row was skipped
             return
         loss, accuracy = loss / samples, correct / samples
-        tokens = self.config.batches.total * self.config.data.sequence_length
+        tokens = self.config.tokens_per_step
         speed = (
             {}
             if seconds is None
