@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +26,9 @@ from spion_ds.sparsity.block import DEFAULT_MODE, MODES, merge_sparse_attention,
 from spion_ds.training.acceleration import check_acceleration
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 RULES = ("distance", "fixed")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -252,8 +255,25 @@ _SECTIONS: dict[str, type] = {
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
-    folder = importlib.resources.files("spion_ds.recipes")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.suffix == ".yaml")  # type: ignore[attr-defined]
+    return _yaml_names(importlib.resources.files("spion_ds.recipes"))
+
+
+def attention_names() -> list[str]:
+    """Return the names that ``--attention`` knows: each replaces a recipe's attention."""
+    return _yaml_names(_attention_folder())
+
+
+def read_attention(name: str) -> dict[str, Any]:
+    """Return the ``sparse_attention`` block called ``name``, as in ``recipes/attention/``.
+
+    A value that is a mapping holds one value a task.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in attention_names():
+        raise ConfigError(unknown_name("--attention", name, attention_names()))
+    return _parse_yaml(_attention_folder().joinpath(f"{name}.yaml").read_text(), name)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -299,11 +319,12 @@ def build_run_config(
     *,
     world_size: int,
     device_type: str,
+    attention: str | None = None,
 ) -> RunConfig:
     """Return the validated configuration of a run.
 
-    Values come from the recipe, then from the ``sparse_attention`` block of the DeepSpeed
-    configuration, then from the command line.
+    Values come from the recipe, then from the named attention, then from the ``sparse_attention``
+    block of the DeepSpeed configuration, then from the command line.
 
     Args:
         recipe: nested mappings, from :func:`read_recipe` or a saved run.
@@ -311,6 +332,7 @@ def build_run_config(
         overrides: ``section.key=value`` texts; values are read as YAML.
         world_size: ranks that train.
         device_type: ``"cpu"`` or ``"cuda"``.
+        attention: one of :func:`attention_names`; it is appended to the recipe's name.
 
     Raises:
         ConfigError: anything unknown, out of range or contradictory.
@@ -320,7 +342,8 @@ def build_run_config(
     values.pop("deepspeed", None)
     layers = [values.pop("sparse_attention", None) or {}]
     mode = layers[0].get("mode", DEFAULT_MODE) if isinstance(layers[0], Mapping) else DEFAULT_MODE
-    layers.append(take_sparse_attention_block(ds_values, mode) or {})
+    named = read_attention(attention) if attention else {"mode": mode}
+    layers.append(take_sparse_attention_block(ds_values, named["mode"]) or {})
     for text in overrides:
         _override(values, text)
     layers.append(values.pop("sparse_attention", {}))
@@ -331,12 +354,14 @@ def build_run_config(
     if "task" not in values:
         raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
     task = get_task(str(values["task"]))
+    if attention:
+        layers.insert(1, _for_task(named, task.name))
     data = read_dataclass(task.config_class, values.get("data") or {}, "data")
     sections: dict[str, Any] = {
         name: read_dataclass(cls, values.get(name) or {}, name) for name, cls in _SECTIONS.items()
     }
     config = RunConfig(
-        recipe=str(values.get("recipe", "run")),
+        recipe="-".join([str(values.get("recipe", "run")), *([attention] if attention else [])]),
         task=task.name,
         data=data,
         sparse_attention=read_sparse_attention(merge_sparse_attention(layers)),
@@ -395,6 +420,24 @@ def _dotted_keys() -> list[str]:
         *(f"{s}.{f.name}" for s, cls in _SECTIONS.items() for f in dataclasses.fields(cls)),
         *sorted(keys),
     ]
+
+
+def _attention_folder() -> Traversable:
+    return importlib.resources.files("spion_ds.recipes").joinpath("attention")
+
+
+def _yaml_names(folder: Traversable) -> list[str]:
+    names = [entry.name for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _for_task(block: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return a named attention's block for one task; what it does not say is the recipe's."""
+    return {
+        key: value[task] if isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if not isinstance(value, Mapping) or task in value
+    }
 
 
 def _parse_yaml(text: str, name: str) -> dict[str, Any]:
