@@ -353,9 +353,9 @@ def build_run_config(
             raise ConfigError(unknown_name("key", key, known))
     if "task" not in values:
         raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
-    task = get_task(str(values["task"]))
     if attention:
-        layers.insert(1, _for_task(named, task.name))
+        layers.insert(1, _for_task(named, str(values["task"])))
+    task = get_task(str(values["task"]))
     data = read_dataclass(task.config_class, values.get("data") or {}, "data")
     sections: dict[str, Any] = {
         name: read_dataclass(cls, values.get(name) or {}, name) for name, cls in _SECTIONS.items()
