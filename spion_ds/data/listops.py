@@ -48,6 +48,7 @@ __all__ = [
     "depth_baseline",
     "evaluate",
     "fill_splits",
+    "is_readable",
     "majority_baseline",
     "parse_official",
     "prepare",
@@ -380,13 +381,13 @@ def trivial_baselines(train: Split, split: Split) -> dict[str, float]:
         "majority class": majority_baseline(train, split),
         "root operator only": root_operator_baseline(train, split),
     }
-    if _is_readable(split):
+    if is_readable(split):
         for depth in range(1, 5):
             accuracies[f"exact down to depth {depth}"] = depth_baseline(train, split, depth)
     return accuracies
 
 
-def _is_readable(split: Split) -> bool:
+def is_readable(split: Split) -> bool:
     """Return whether the ids mean what ours mean: the first samples' values are their labels."""
     if (split.input_ids == UNKNOWN_ID).any():
         return False

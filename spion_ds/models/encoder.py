@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import SparseSelfAttention
 from spion_ds.attention.dropout import combine, dropout
+from spion_ds.models.rotary import rotate, rotations
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig
 
 POOLINGS = ("masked_mean", "mean")
+POSITIONS = ("learned", "rotary")
 # Dropout places: one in the embedding, then four a layer.
 _PLACES_A_LAYER = 4
 
@@ -35,6 +37,8 @@ class ModelConfig:
         classifier_dim: width of the classifier's hidden layer.
         dropout: probability, on the embedding, the attention output and the feed-forward layer.
         attention_dropout: probability, on the attention probabilities.
+        positions: ``"learned"``, a vector for each that is added to the embedding, or
+            ``"rotary"``, which turns queries and keys.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
             published code does.
         zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
@@ -51,6 +55,7 @@ class ModelConfig:
     classifier_dim: int = 128
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    positions: str = "learned"
     pooling: str = "masked_mean"
     zero_is_padding: bool = False
     activation_checkpointing: bool = False
@@ -63,6 +68,10 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"model.{name}", value, "0 up to, not including, 1")
+        known = " or ".join(POSITIONS)
+        require(self.positions in POSITIONS, "model.positions", self.positions, known)
+        even = self.positions != "rotary" or self.head_dim % 2 == 0
+        require(even, "model.head_dim", self.head_dim, "an even number, for rotary positions")
         require(self.pooling in POOLINGS, "model.pooling", self.pooling, " or ".join(POOLINGS))
 
 
@@ -81,13 +90,28 @@ class EncoderLayer(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
 
-    def forward(self, x_BLE: Tensor, padding_mask: Tensor, keys: Tensor | None) -> Tensor:
-        """Return (B, L, E). ``keys``: (4, B) int32 dropout keys, None for no dropout."""
+    def forward(
+        self,
+        x_BLE: Tensor,
+        padding_mask: Tensor,
+        keys: Tensor | None,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, L, E).
+
+        Args:
+            x_BLE: (B, L, E).
+            padding_mask: (B, L) bool, True = real token.
+            keys: (4, B) int32 dropout keys, None for no dropout.
+            rotation: of rotary positions, None for others.
+        """
         p = self.dropout_p if keys is not None else 0.0
         drop = _dropper(p, keys)
         # (B, L, 3·H·D) → 3 × (B, H, L, D)
         qkv = self.qkv(self.attention_norm(x_BLE)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         attended = self.attention(q, k, v, padding_mask, None if keys is None else keys[0])
         x_BLE = x_BLE + drop(self.projection(attended.transpose(1, 2).flatten(2)), 1)
         hidden = drop(nn.functional.gelu(self.ffn_in(self.ffn_norm(x_BLE))), 2)
@@ -95,7 +119,7 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-    """Embedding, learned positions, encoder layers, mean pooling, two-layer classifier.
+    """Embedding, positions, encoder layers, mean pooling, two-layer classifier.
 
     With two documents a sample it is a dual encoder: the same layers pool each document to x₀ and
     x₁, and the classifier sees [x₀, x₁, x₀∘x₁, x₀ − x₁].
@@ -121,9 +145,10 @@ class EncoderClassifier(nn.Module):
         super().__init__()
         self.config, self.documents = config, documents
         self.token_embedding = nn.Embedding(vocab_size, config.dim)
-        self.position_embedding = nn.Embedding(max_length, config.dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(max_length, config.dim)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config,
@@ -171,12 +196,16 @@ class EncoderClassifier(nn.Module):
             if keys is not None:
                 document = torch.arange(self.documents, dtype=torch.int32, device=keys.device)
                 keys = combine(keys[..., None], document).flatten(-2)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        length, device = input_ids.shape[1], input_ids.device
+        x, rotation = self.token_embedding(input_ids), None
+        if self.config.positions == "rotary":
+            rotation = rotations(length, self.config.head_dim, device)
+        else:
+            x = x + self.position_embedding(torch.arange(length, device=device))
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
         for index, layer in enumerate(self.layers):
             first = 1 + _PLACES_A_LAYER * index
-            inputs = (x, padding_mask, None if keys is None else keys[first : first + 4])
+            inputs = (x, padding_mask, None if keys is None else keys[first : first + 4], rotation)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 # Dropout is counter-based: there is no random state to restore.
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -24,6 +24,7 @@ from spion_ds.sparsity import (
 )
 from spion_ds.sparsity.block import DEFAULT_MODE, MODES, merge_sparse_attention, mode_keys
 from spion_ds.training.acceleration import check_acceleration
+from spion_ds.training.augmentation import AUGMENTED_TASKS
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
 
@@ -144,6 +145,8 @@ class TrainingConfig:
         on_nonfinite: what a NaN or infinity in loss or gradients does: ``"stop"`` ends the run,
             ``"skip"`` leaves out the optimizer step.
         rank_timeout_seconds: how long a rank may be silent or not move before all end.
+        augment: whether training inputs are changed in ways that keep the label: operands of
+            ListOps shuffled, images of Pathfinder flipped and turned.
         compile: whether TorchInductor compiles the training steps (ZeRO 0 to 2).
         cuda_graph: whether the sparse phase's steps are replayed from a CUDA graph (GPU, ZeRO 0
             to 2, one micro-batch a step).
@@ -160,6 +163,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     on_nonfinite: str = "stop"
     rank_timeout_seconds: float = 600.0
+    augment: bool = False
     compile: bool = False
     cuda_graph: bool = False
 
@@ -376,6 +380,12 @@ def _validated(
     config.data.validate()
     config.model.validate()
     config.training.validate()
+    require(
+        not config.training.augment or config.task in AUGMENTED_TASKS,
+        "training.augment",
+        True,
+        f"false for the task {config.task}; true for {', '.join(AUGMENTED_TASKS)}",
+    )
     config.sparse_attention.validate(config.data.sequence_length)
     if config.switches:
         config.transition.validate(config.training.steps)

@@ -17,6 +17,7 @@ from spion_ds.data import Dataset
 from spion_ds.errors import SpionError
 from spion_ds.sparsity import SpionSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
+from spion_ds.training.augmentation import make_augmentation
 from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
 from spion_ds.training.checkpoint import (
     TrainingState,
@@ -123,6 +124,11 @@ class Trainer:
             -(-config.data.sequence_length // config.sparse_attention.block),
             agreement,
         )
+        self.augmentation = (
+            make_augmentation(config.task, config.data, dataset)
+            if config.training.augment
+            else None
+        )
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.timer = StepTimer(self.device)
         self.log = RunLog(
@@ -189,12 +195,16 @@ class Trainer:
                 micro_step, config.batches.micro, self.ranks.rank, self.ranks.world_size
             )
             batch = read_batch(self.dataset.train, samples[positions], self.device)
-            keys = sample_keys(
-                state.seed, state.step, torch.from_numpy(positions), self.model.dropout_places
-            )
+            # The last place is the augmentation's.
+            places = self.model.dropout_places + 1
+            keys = sample_keys(state.seed, state.step, torch.from_numpy(positions), places)
+            keys = keys.to(self.device, non_blocking=True)
+            input_ids = batch.input_ids
+            if self.augmentation is not None:
+                input_ids = self.augmentation(input_ids, keys[-1])
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (batch.input_ids, batch.padding_mask, keys.to(self.device, non_blocking=True))
+            inputs = (input_ids, batch.padding_mask, keys[:-1])
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
