@@ -43,6 +43,8 @@ class ModelConfig:
             published code does.
         zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
             code, which so hides the black pixels of images.
+        masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
+            leaves out the pass and the layer for it.
         activation_checkpointing: whether training keeps only the layers' inputs and computes the
             rest again in the backward pass: less memory, a third more time. Results stay.
     """
@@ -58,6 +60,7 @@ class ModelConfig:
     positions: str = "learned"
     pooling: str = "masked_mean"
     zero_is_padding: bool = False
+    masked_token_loss: float = 0.0
     activation_checkpointing: bool = False
 
     def validate(self) -> None:
@@ -68,6 +71,8 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"model.{name}", value, "0 up to, not including, 1")
+        weight = self.masked_token_loss
+        require(weight >= 0.0, "model.masked_token_loss", weight, "from 0 up")
         known = " or ".join(POSITIONS)
         require(self.positions in POSITIONS, "model.positions", self.positions, known)
         even = self.positions != "rotary" or self.head_dim % 2 == 0
@@ -144,7 +149,9 @@ class EncoderClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.documents = config, documents
-        self.token_embedding = nn.Embedding(vocab_size, config.dim)
+        # A mask is one more token.
+        tokens = vocab_size + (config.masked_token_loss > 0.0)
+        self.token_embedding = nn.Embedding(tokens, config.dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(max_length, config.dim)
@@ -167,6 +174,9 @@ class EncoderClassifier(nn.Module):
             nn.Linear(config.classifier_dim, num_classes),
         )
 
+        if config.masked_token_loss > 0.0:
+            self.token_head = nn.Linear(config.dim, vocab_size)
+
     @property
     def dropout_places(self) -> int:
         """How many dropout keys a sample needs in one forward pass."""
@@ -178,16 +188,22 @@ class EncoderClassifier(nn.Module):
         return [layer.attention for layer in self.layers]  # type: ignore[misc]
 
     def forward(
-        self, input_ids: Tensor, padding_mask: Tensor, dropout_keys: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor,
+        dropout_keys: Tensor | None = None,
+        guess_tokens: bool = False,
     ) -> Tensor:
-        """Return logits (B, classes).
+        """Return logits (B, classes), or those of every token, (B, L, vocab_size).
 
         Args:
             input_ids: (B, L) int64; (B, 2, L) with two documents.
             padding_mask: bool of the same shape, True = real token.
             dropout_keys: (dropout_places, B) int32 from ``sample_keys``; None means no dropout on
                 the residual stream. Only used in training mode.
+            guess_tokens: ask for the tokens; vocab_size itself is the id of a masked one.
         """
+        shape = input_ids.shape
         keys = dropout_keys if self.training else None
         if self.config.zero_is_padding:
             padding_mask = padding_mask & (input_ids != 0)
@@ -211,7 +227,10 @@ class EncoderClassifier(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*inputs)
-        pooled = self._pool(self.norm(x), padding_mask)
+        x = self.norm(x)
+        if guess_tokens:
+            return self.token_head(x).view(*shape, -1)
+        pooled = self._pool(x, padding_mask)
         if self.documents > 1:
             first, second = pooled.unflatten(0, (-1, self.documents)).unbind(dim=1)
             pooled = torch.cat([first, second, first * second, first - second], dim=-1)

@@ -134,6 +134,7 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps of the whole run.
+        pretrain_steps: steps at the start that learn from ``model.masked_token_loss`` alone.
         batch_size: samples of a step, over all ranks.
         micro_batch_size: samples a rank takes at once; null takes its whole share.
         precision: ``"fp32"``, ``"bf16"`` or (GPU only) ``"fp16"``.
@@ -153,6 +154,7 @@ class TrainingConfig:
     """
 
     steps: int = 1000
+    pretrain_steps: int = 0
     batch_size: int = 32
     micro_batch_size: int | None = None
     precision: str = "fp32"
@@ -178,6 +180,9 @@ class TrainingConfig:
             "keep_checkpoints",
         ):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "from 1 up")
+        most = self.steps - 1
+        pretrain = self.pretrain_steps
+        require(0 <= pretrain <= most, "training.pretrain_steps", pretrain, f"0 to {most}")
         micro = self.micro_batch_size
         require(micro is None or micro >= 1, "training.micro_batch_size", micro, "from 1 up")
         require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2^31 - 1")
@@ -380,6 +385,18 @@ def _validated(
     config.data.validate()
     config.model.validate()
     config.training.validate()
+    require(
+        config.training.pretrain_steps == 0 or config.model.masked_token_loss > 0.0,
+        "training.pretrain_steps",
+        config.training.pretrain_steps,
+        "0 where model.masked_token_loss is 0",
+    )
+    require(
+        not config.training.cuda_graph or config.model.masked_token_loss == 0.0,
+        "training.cuda_graph",
+        True,
+        "false where model.masked_token_loss is above 0",
+    )
     require(
         not config.training.augment or config.task in AUGMENTED_TASKS,
         "training.augment",

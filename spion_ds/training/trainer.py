@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.dropout import sample_keys
-from spion_ds.data import Dataset
+from spion_ds.data import Dataset, get_task
 from spion_ds.errors import SpionError
 from spion_ds.sparsity import SpionSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
@@ -34,6 +34,7 @@ from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
 from spion_ds.training.deepspeed_config import with_universal_checkpoint
 from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
+from spion_ds.training.masked_tokens import mask_tokens
 from spion_ds.training.optimizer_hooks import clip_by_value, step_unless
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
@@ -195,23 +196,28 @@ class Trainer:
                 micro_step, config.batches.micro, self.ranks.rank, self.ranks.world_size
             )
             batch = read_batch(self.dataset.train, samples[positions], self.device)
-            # The last place is the augmentation's.
-            places = self.model.dropout_places + 1
-            keys = sample_keys(state.seed, state.step, torch.from_numpy(positions), places)
-            keys = keys.to(self.device, non_blocking=True)
+            # Places: dropout, dropout of the pass with masks, augmentation, masks.
+            places = self.model.dropout_places
+            keys = sample_keys(
+                state.seed, state.step, torch.from_numpy(positions), 2 * places + 2
+            ).to(self.device, non_blocking=True)
             input_ids = batch.input_ids
             if self.augmentation is not None:
-                input_ids = self.augmentation(input_ids, keys[-1])
+                input_ids = self.augmentation(input_ids, keys[-2])
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (input_ids, batch.padding_mask, keys[:-1])
+            inputs = (input_ids, batch.padding_mask, keys[:places])
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
             loss = F.cross_entropy(logits, batch.labels)
+            _count(counted, loss.detach(), logits.detach(), batch.labels)
+            if config.model.masked_token_loss > 0.0:
+                # Not left out: every parameter shall have a gradient.
+                loss = loss * float(state.step >= config.training.pretrain_steps)
+                loss = loss + self._masked_token_loss(*inputs[:2], keys[places:])
             self.engine.backward(loss)
             self.guard.add_loss(loss)
-            _count(counted, loss.detach(), logits.detach(), batch.labels)
             if micro_step == config.batches.accumulation - 1:
                 self._skipping = self._obey(self.guard.close(number, self.request.asked))
             self.engine.step()
@@ -226,6 +232,13 @@ class Trainer:
         elif not checking:
             self.timer.count()
         return phase
+
+    def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
+        """Return the weighted loss () of a pass in which tokens are masked."""
+        mask_id = get_task(self.config.task).vocab_size
+        batch = mask_tokens(input_ids, padding_mask, keys[-1], mask_id)
+        logits = self.engine(batch.input_ids, padding_mask, keys[:-2], guess_tokens=True)
+        return self.config.model.masked_token_loss * batch.loss(logits)
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""

@@ -31,17 +31,31 @@ def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: P
         "image_size: 12, seed_distance: 2, contour_length: 2, distractors: 0, train: 64, "
         "validation: 22, test: 22",
     )
+    everything = {
+        "overrides": [
+            "model.positions=rotary",
+            "model.masked_token_loss=0.5",
+            "training.pretrain_steps=4",
+            "training.augment=true",
+        ]
+    }
     one = [
         {"recipe": pairs, "run_name": "pairs"},
         {"recipe": pixels, "run_name": "pixels", "attention": "bigbird"},
+        {**everything, "run_name": "open", "stage": 3},
+    ]
+    two = [
+        {"recipe": pairs, "run_name": "pairs-2"},
+        {**everything, "run_name": "open-2", "stage": 2},
     ]
     drive("python", 1, one, tmp_path)
-    drive("torchrun", 2, [{"recipe": pairs, "run_name": "pairs-2"}], tmp_path)
+    drive("torchrun", 2, two, tmp_path)
     runs = tmp_path / "runs"
-    assert digest(runs / "pairs") == digest(runs / "pairs-2")
-    for step, loss in losses(runs / "pairs").items():
-        # Sums of another order, in fp32.
-        assert losses(runs / "pairs-2")[step] == pytest.approx(loss, rel=1e-4)
+    for name in ("pairs", "open"):
+        assert digest(runs / name) == digest(runs / f"{name}-2")
+        for step, loss in losses(runs / name).items():
+            # Sums of another order, in fp32.
+            assert losses(runs / f"{name}-2")[step] == pytest.approx(loss, rel=1e-4)
     found = summary(runs / "pairs")
     assert found["phase"] == "sparse"
     assert set(found["baselines"]) == {"majority class"}
