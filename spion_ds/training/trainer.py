@@ -135,8 +135,9 @@ class Trainer:
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
         )
-        # Loss sum, correct predictions, samples: since the last row of the log, on this rank.
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # Sums of loss, correct predictions, samples and masked-token loss: since the last row of
+        # the log, on this rank.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
@@ -215,7 +216,9 @@ class Trainer:
             if config.model.masked_token_loss > 0.0:
                 # Not left out: every parameter shall have a gradient.
                 loss = loss * float(state.step >= config.training.pretrain_steps)
-                loss = loss + self._masked_token_loss(*inputs[:2], keys[places:])
+                masked_loss = self._masked_token_loss(*inputs[:2], keys[places:])
+                counted[3] += masked_loss.detach() * len(batch.labels)
+                loss = loss + config.model.masked_token_loss * masked_loss
             self.engine.backward(loss)
             self.guard.add_loss(loss)
             if micro_step == config.batches.accumulation - 1:
@@ -234,11 +237,11 @@ class Trainer:
         return phase
 
     def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
-        """Return the weighted loss () of a pass in which tokens are masked."""
+        """Return the loss () of a pass in which tokens are masked."""
         mask_id = get_task(self.config.task).vocab_size
         batch = mask_tokens(input_ids, padding_mask, keys[-1], mask_id)
         logits = self.engine(batch.input_ids, padding_mask, keys[:-2], guess_tokens=True)
-        return self.config.model.masked_token_loss * batch.loss(logits)
+        return batch.loss(logits)
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""
@@ -313,7 +316,7 @@ class Trainer:
         state = self.state
         seconds = self.timer.take()
         dist.all_reduce(self._sums)
-        loss, correct, samples = self._sums.tolist()
+        loss, correct, samples, masked_loss = self._sums.tolist()
         self._sums.zero_()
         if samples == 0:  # every step since the last row was skipped
             return
@@ -334,6 +337,7 @@ class Trainer:
             accuracy=accuracy,
             phase=phase,
             lr=self._rate,
+            **({"masked_token_loss": masked_loss / samples} if masked_loss else {}),
             memory_bytes=peak_memory_bytes(self.device),
             **speed,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,6 +78,47 @@ def test_the_encoder_guesses_every_token_from_the_others(documents: int) -> None
     other[..., 5] = (other[..., 5] + 1) % VOCABULARY
     changed = model(other, real, guess_tokens=True)
     assert not torch.allclose(changed[..., 3, :], logits[..., 3, :])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a loaded machine threads wait for one another at every one of these small operators."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_encoder_learns_to_guess_what_can_be_guessed() -> None:
+    torch.manual_seed(0)
+    sizes = ModelConfig(
+        dim=16,
+        ffn_dim=32,
+        layers=1,
+        heads=2,
+        head_dim=8,
+        dropout=0.0,
+        attention_dropout=0.0,
+        positions="rotary",
+        masked_token_loss=1.0,
+    )
+    model = EncoderClassifier(sizes, SparseAttentionConfig(block=16), VOCABULARY, 10, 32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    first = torch.arange(16)[:, None]
+    ids = (first + torch.arange(32)) % 16 + 1  # each token follows from its neighbours
+    real = torch.ones_like(ids, dtype=torch.bool)
+    losses = []
+    for step in range(120):
+        found = mask_tokens(ids, real, sample_keys(0, step, torch.arange(16), 1)[0], VOCABULARY)
+        loss = found.loss(model(found.input_ids, real, guess_tokens=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # Chance is ln 16 = 2.8.
+    assert losses[0] > 2.5
+    assert sum(losses[-10:]) / 10 < 1.0
 
 
 @pytest.mark.parametrize(

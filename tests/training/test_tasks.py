@@ -56,6 +56,8 @@ def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: P
         for step, loss in losses(runs / name).items():
             # Sums of another order, in fp32.
             assert losses(runs / f"{name}-2")[step] == pytest.approx(loss, rel=1e-4)
+    # An untrained model guesses among 17 tokens: ln 17 = 2.8, give or take its random weights.
+    assert rows(runs / "open", "train")[0]["masked_token_loss"] == pytest.approx(2.8, abs=0.5)
     found = summary(runs / "pairs")
     assert found["phase"] == "sparse"
     assert set(found["baselines"]) == {"majority class"}
