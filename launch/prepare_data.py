@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import shutil
+import socket
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -284,7 +285,7 @@ def _shard(config: PathfinderConfig, number: int, folder: Path) -> tuple[np.ndar
     if kept is not None:
         return kept
     pixels, labels = draw_shard(config, number)
-    temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}.npz")
+    temporary = path.with_name(f"{path.stem}.tmp-{socket.gethostname()}-{os.getpid()}.npz")
     np.savez_compressed(temporary, pixels=pixels, labels=labels)
     temporary.rename(path)
     return pixels, labels

@@ -97,6 +97,17 @@ def test_images_take_all_eight_flips_and_turns() -> None:
     assert max(abs(n - 500) for n in seen.values()) < 5 * 500**0.5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_draws_the_same() -> None:
+    ids = torch.from_numpy(trees(8)).long()
+    shuffled = shuffle_operands(ids.cuda(), keys(8).cuda(), DEPTH)
+    assert torch.equal(shuffled.cpu(), shuffle_operands(ids, keys(8), DEPTH))
+    image = torch.arange(64).expand(8, -1)
+    turned = flip_and_turn(image.cuda(), keys(8).cuda(), 8)
+    assert torch.equal(turned.cpu(), flip_and_turn(image, keys(8), 8))
+
+
 def test_listops_of_another_vocabulary_are_refused() -> None:
     ids = trees(20)
     labels = np.array([evaluate(row.tolist()) for row in ids], np.uint8)
