@@ -46,7 +46,7 @@ setup(
     packages=[*find_packages(include=["spion_ds", "spion_ds.*"]), "spion_ds.csrc"],
     package_dir={"spion_ds.csrc": "csrc"},
     package_data={
-        "spion_ds.recipes": ["*.yaml"],
+        "spion_ds.recipes": ["*.yaml", "attention/*.yaml"],
         "spion_ds.csrc": ["*.cpp", "*.cu", "*.h", "hopper/*"],
     },
     install_requires=[

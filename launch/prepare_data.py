@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
+import yaml
 
-from spion_ds.data import Dataset, Task, get_task
+from spion_ds.data import TASKS, Dataset, Task, get_task
 from spion_ds.errors import ConfigError, SpionError, unknown_name
+from spion_ds.settings import read_dataclass
 
 
 def parse_overrides(task: Task, overrides: Sequence[str]) -> Any:
@@ -23,8 +25,8 @@ def parse_overrides(task: Task, overrides: Sequence[str]) -> Any:
 
     Raises:
         ConfigError: no such key, or a value that is not of its type.
+        DataError: the user's files are not there.
     """
-    types = get_type_hints(task.config_class)
     known = [field.name for field in fields(task.config_class)]
     values = {}
     for override in overrides:
@@ -35,13 +37,12 @@ def parse_overrides(task: Task, overrides: Sequence[str]) -> Any:
         if not equals:
             raise ConfigError(f"data.{key} has no value; write {key}=value")
         try:
-            values[key] = types[key](text)
-        except ValueError:
-            raise ConfigError(
-                f"data.{key} is {text!r}; allowed: a value of type {types[key].__name__}"
-            ) from None
-    config = task.config_class(**values)
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {override!r} is not YAML") from error
+    config = read_dataclass(task.config_class, values, "data")
     config.validate()
+    task.check_source(config)
     return config
 
 
@@ -65,7 +66,7 @@ def describe(task: Task, dataset: Dataset) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the data the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", default="listops", help="which task's data")
+    parser.add_argument("--task", default="listops", help=", ".join(TASKS))
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all caches")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a key of the task")
     options = parser.parse_args(arguments)
@@ -76,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
     return 0
 
 

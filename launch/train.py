@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spion_ds.training.config import recipe_names
+from spion_ds.training.config import attention_names, recipe_names
 from spion_ds.training.ranks import end_process
 from spion_ds.training.session import DEFAULT_RECIPE, TrainOptions, run_command, train
 
@@ -16,6 +16,10 @@ def main() -> int:
     parser.add_argument(
         "--recipe",
         help=f"one of {', '.join(recipe_names())}, or a .yaml file; default {DEFAULT_RECIPE}",
+    )
+    parser.add_argument(
+        "--attention",
+        help=f"instead of the recipe's: {', '.join(attention_names())}",
     )
     parser.add_argument("--ds_config", help="DeepSpeed JSON; default: ZeRO stage 0")
     parser.add_argument("--run_dir", type=Path, default=Path("runs"), help="folder of the runs")

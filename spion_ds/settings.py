@@ -111,6 +111,8 @@ def _is_union(hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     names[type(None)] = "null"
+    if typing.get_origin(hint) is tuple:
+        return f"a list, of {_describe(typing.get_args(hint)[0])} each"
     if _is_union(hint):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     return names.get(hint, str(hint).replace("typing.", ""))

@@ -21,9 +21,9 @@ def test_wheel_has_recipes_and_sources_and_no_tests(tmp_path: Path) -> None:
     subprocess.run([*words, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
     [wheel] = tmp_path.glob("spion_ds-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {f"spion_ds/recipes/{path.name}" for path in ROOT.glob("spion_ds/recipes/*.yaml")}
+    recipes = {str(path.relative_to(ROOT)) for path in ROOT.glob("spion_ds/recipes/**/*.yaml")}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("spion_ds/**/*.py")}
-    assert recipes
+    assert {"spion_ds/recipes/listops.yaml", "spion_ds/recipes/attention/sat.yaml"} <= recipes
     sources = {f"spion_ds/csrc/{path.name}" for path in ROOT.glob("csrc/*.[ch]*")}
     assert {"spion_ds/csrc/flood_fill.cpp", "spion_ds/csrc/attention_tiles.h"} <= sources
     assert recipes | modules | sources <= names

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spion_ds.data import listops
+from spion_ds.data import image, listops, pathfinder, retrieval, text
+from spion_ds.data.baselines import majority_only
 from spion_ds.data.cache import Dataset, Split
 from spion_ds.errors import ConfigError, unknown_name
 
@@ -22,34 +23,52 @@ class Task:
         config_class: dataclass of the task's ``data.*`` keys; its defaults are the published set.
         vocab_size: token ids are below it.
         num_classes: labels are below it.
-        pad_id: the token id after a sequence's end.
         prepare: ``(config, root, verify=True)`` returns the Dataset, made under ``root`` if new.
         check_source: ``(config)`` raises DataError if files of the user's are missing, truncated
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
+        documents: sequences of a sample, 1 or 2.
     """
 
     name: str
     config_class: type[Any]
     vocab_size: int
     num_classes: int
-    pad_id: int
     prepare: Callable[..., Dataset]
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
+    documents: int = 1
+
+
+def _task(
+    name: str,
+    module: Any,
+    config_class: type[Any],
+    baselines: Callable[[Split, Split], dict[str, float]] = majority_only,
+    documents: int = 1,
+) -> Task:
+    return Task(
+        name=name,
+        config_class=config_class,
+        vocab_size=module.VOCAB_SIZE,
+        num_classes=module.NUM_CLASSES,
+        prepare=module.prepare,
+        check_source=module.check_source,
+        baselines=baselines,
+        documents=documents,
+    )
 
 
 TASKS: dict[str, Task] = {
-    "listops": Task(
-        name="listops",
-        config_class=listops.ListOpsConfig,
-        vocab_size=listops.VOCAB_SIZE,
-        num_classes=listops.NUM_CLASSES,
-        pad_id=listops.PAD_ID,
-        prepare=listops.prepare,
-        check_source=listops.check_source,
-        baselines=listops.trivial_baselines,
-    ),
+    task.name: task
+    for task in (
+        _task("listops", listops, listops.ListOpsConfig, listops.trivial_baselines),
+        _task("image", image, image.ImageConfig),
+        _task("text", text, text.TextConfig),
+        _task("retrieval", retrieval, retrieval.RetrievalConfig, documents=retrieval.DOCUMENTS),
+        _task("pathfinder32", pathfinder, pathfinder.PathfinderConfig),
+        _task("pathfinder128", pathfinder, pathfinder.PathXConfig),
+    )
 }
 
 

@@ -30,8 +30,12 @@ from spion_ds.errors import DataError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
-# Name, dtype and number of dimensions of a split's arrays.
-_ARRAYS = (("input_ids", "uint8", 2), ("lengths", "int32", 1), ("labels", "uint8", 1))
+# Name, dtypes and dimensions of a split's arrays; the last of these is with several documents.
+_ARRAYS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
+    ("input_ids", ("uint8", "uint16"), (2, 3)),
+    ("lengths", ("int32",), (1, 2)),
+    ("labels", ("uint8",), (1,)),
+)
 _MANIFEST = "manifest.json"
 # What a file system without file locks answers, for instance Lustre mounted without `flock`.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -39,11 +43,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True)
 class Split:
-    """One split: N sequences padded to L tokens.
+    """One split: N sequences padded to L tokens, or N times several documents of L tokens.
 
     Attributes:
-        input_ids: (N, L) uint8, padded at the end.
-        lengths: (N,) int32, tokens before the padding.
+        input_ids: (N, L) or (N, documents, L), uint8 or uint16, padded at the end.
+        lengths: (N,) or (N, documents) int32, tokens before the padding.
         labels: (N,) uint8.
     """
 
@@ -71,17 +75,36 @@ def cache_folder(root: Path, task: str, parameters: Mapping[str, Any]) -> Path:
     return Path(root) / _folder_name(task, parameters)
 
 
-def create_split(folder: Path, name: str, count: int, sequence_length: int) -> Split:
+def create_split(
+    folder: Path,
+    name: str,
+    count: int,
+    sequence_length: int,
+    *,
+    documents: int = 1,
+    dtype: str = "uint8",
+) -> Split:
     """Create the files of one split, all zero, as writable memory maps.
+
+    Args:
+        folder: where.
+        name: of the split.
+        count: samples.
+        sequence_length: tokens of a document, padding included.
+        documents: of a sample.
+        dtype: of the token ids, ``"uint8"`` or ``"uint16"``.
 
     Raises:
         OSError: the disk has no room for them.
     """
     arrays = {}
-    for array, dtype, ndim in _ARRAYS:
+    each = () if documents == 1 else (documents,)
+    shapes = {"input_ids": (count, *each, sequence_length), "lengths": (count, *each)}
+    for array, dtypes, _ in _ARRAYS:
         path = folder / f"{name}_{array}.npy"
-        shape = (count, sequence_length)[:ndim]
-        arrays[array] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        shape = shapes.get(array, (count,))
+        kind = dtype if dtype in dtypes else dtypes[0]
+        arrays[array] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
         # Reserve the space now: a full disk is an error here, but a killed process in a mapping.
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -145,6 +168,16 @@ def open_cache(folder: Path, *, verify: bool = True) -> Dataset:
         _check_file(folder, name, manifest["files"][name], verify)
     splits = {split: _open_split(folder, split, manifest["files"]) for split in SPLITS}
     return Dataset(**splits, folder=folder, manifest=manifest)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return a large file's size and the sha256 of its first and last megabyte."""
+    size, ends = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        ends.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        ends.update(file.read())
+    return {"bytes": size, "sha256_of_ends": ends.hexdigest()}
 
 
 def sha256_of(path: Path) -> str:
@@ -280,7 +313,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], verify: bool)
 
 def _open_split(folder: Path, split: str, files: Mapping[str, Any]) -> Split:
     arrays: dict[str, np.ndarray] = {}
-    for array, dtype, ndim in _ARRAYS:
+    for array, dtypes, dimensions in _ARRAYS:
         name = f"{split}_{array}.npy"
         try:
             values = np.load(folder / name, mmap_mode="r", allow_pickle=False)
@@ -290,8 +323,10 @@ def _open_split(folder: Path, split: str, files: Mapping[str, Any]) -> Split:
         stated = {key: files[name][key] for key in found}
         if found != stated:
             raise _damaged(folder, name, f"has {found}, its manifest says {stated}")
-        if values.dtype != dtype or values.ndim != ndim:
-            raise _damaged(folder, name, f"is not a {ndim}-dimensional array of {dtype}: {found}")
+        if values.dtype.name not in dtypes or values.ndim not in dimensions:
+            raise _damaged(
+                folder, name, f"is not a {dimensions[0]}-dimensional array of {dtypes[0]}: {found}"
+            )
         arrays[array] = values
     rows = {array: len(values) for array, values in arrays.items()}
     if len(set(rows.values())) > 1:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.cache import SPLITS, Dataset, Split, create_split, prepare_cache, sha256_of
 from spion_ds.data.listops_trees import (
     CLOSE_ID,
@@ -35,6 +36,7 @@ from spion_ds.data.listops_trees import (
     evaluate,
     truncated_value,
 )
+from spion_ds.data.skyformer import Pickles
 from spion_ds.errors import ConfigError, DataError, near_matches
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "depth_baseline",
     "evaluate",
     "fill_splits",
+    "is_readable",
     "majority_baseline",
     "parse_official",
     "prepare",
@@ -62,6 +65,7 @@ OFFICIAL_FILES = {
     "validation": "basic_val.tsv",
     "test": "basic_test.tsv",
 }
+PICKLES = Pickles("listops", "lra-listops", VOCAB_SIZE, NUM_CLASSES, padded=True)
 # Draws without a new tree after which a configuration counts as impossible.
 BARREN_DRAWS = 2**21
 
@@ -79,7 +83,8 @@ class ListOpsConfig:
     """What the data is made of; the defaults are the published set.
 
     Attributes:
-        source: "generate", or a folder with the official files (or with ``listops-1000/``).
+        source: "generate", or a folder with the official files (or with ``listops-1000/``) or
+            with Skyformer's pickles.
         min_length: generated trees are longer than this many tokens.
         max_length: generated trees are shorter than this many tokens.
         max_depth: depth of the tree; nodes this deep are digits, the root has depth 1.
@@ -156,6 +161,8 @@ def prepare(config: ListOpsConfig, root: Path, verify: bool = True) -> Dataset:
         return prepare_cache(
             root, "listops", parameters, lambda folder: _build_generated(config, folder), verify
         )
+    if pickles := PICKLES.paths(config.source):
+        return PICKLES.prepare(pickles, config.sequence_length, root, verify)
     check_source(config)
     paths = _official_paths(config.source)
     parameters = {
@@ -252,7 +259,7 @@ def check_source(config: ListOpsConfig) -> None:
     Raises:
         DataError: a file is missing, truncated or of another format.
     """
-    if config.source == GENERATE:
+    if config.source == GENERATE or PICKLES.paths(config.source):
         return
     try:
         for path in _official_paths(config.source).values():
@@ -368,22 +375,27 @@ def trivial_baselines(train: Split, split: Split) -> dict[str, float]:
     """Return accuracies in [0, 1] on ``split`` of readers that no model should be proud to match.
 
     The majority class, the root operator alone, and readers that see 1 to 4 levels of operators
-    (left out where the data has unknown tokens). What is counted is counted on ``train``.
+    (left out where the tokens are not ours). What is counted is counted on ``train``.
     """
     accuracies = {
         "majority class": majority_baseline(train, split),
         "root operator only": root_operator_baseline(train, split),
     }
-    if not (split.input_ids == UNKNOWN_ID).any():
+    if is_readable(split):
         for depth in range(1, 5):
             accuracies[f"exact down to depth {depth}"] = depth_baseline(train, split, depth)
     return accuracies
 
 
-def majority_baseline(train: Split, split: Split) -> float:
-    """Return the accuracy of always predicting the most frequent label of ``train``."""
-    most_frequent = np.bincount(train.labels, minlength=NUM_CLASSES).argmax()
-    return float((split.labels == most_frequent).mean())
+def is_readable(split: Split) -> bool:
+    """Return whether the ids mean what ours mean: the first samples' values are their labels."""
+    if (split.input_ids == UNKNOWN_ID).any():
+        return False
+    try:
+        rows = zip(split.input_ids[:20], split.labels[:20], strict=True)
+        return all(evaluate(ids.tolist()) == label for ids, label in rows)
+    except DataError:
+        return False
 
 
 def root_operator_baseline(train: Split, split: Split) -> float:

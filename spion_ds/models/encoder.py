@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
-from spion_ds.attention.dropout import dropout
+from spion_ds.attention.dropout import combine, dropout
+from spion_ds.models.rotary import rotate, rotations
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
 POOLINGS = ("masked_mean", "mean")
+POSITIONS = ("learned", "rotary")
 # Dropout places: one in the embedding, then four a layer.
 _PLACES_A_LAYER = 4
 
@@ -35,8 +37,14 @@ class ModelConfig:
         classifier_dim: width of the classifier's hidden layer.
         dropout: probability, on the embedding, the attention output and the feed-forward layer.
         attention_dropout: probability, on the attention probabilities.
+        positions: ``"learned"``, a vector for each that is added to the embedding, or
+            ``"rotary"``, which turns queries and keys.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
             published code does.
+        zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
+            code, which so hides the black pixels of images.
+        masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
+            leaves out the pass and the layer for it.
         activation_checkpointing: whether training keeps only the layers' inputs and computes the
             rest again in the backward pass: less memory, a third more time. Results stay.
     """
@@ -49,7 +57,10 @@ class ModelConfig:
     classifier_dim: int = 128
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    positions: str = "learned"
     pooling: str = "masked_mean"
+    zero_is_padding: bool = False
+    masked_token_loss: float = 0.0
     activation_checkpointing: bool = False
 
     def validate(self) -> None:
@@ -60,6 +71,12 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"model.{name}", value, "0 up to, not including, 1")
+        weight = self.masked_token_loss
+        require(weight >= 0.0, "model.masked_token_loss", weight, "from 0 up")
+        known = " or ".join(POSITIONS)
+        require(self.positions in POSITIONS, "model.positions", self.positions, known)
+        even = self.positions != "rotary" or self.head_dim % 2 == 0
+        require(even, "model.head_dim", self.head_dim, "an even number, for rotary positions")
         require(self.pooling in POOLINGS, "model.pooling", self.pooling, " or ".join(POOLINGS))
 
 
@@ -79,13 +96,28 @@ class EncoderLayer(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.pattern: LearnedPattern | None = None  # SAT's, given by the model
 
-    def forward(self, x_BLE: Tensor, padding_mask: Tensor, keys: Tensor | None) -> Tensor:
-        """Return (B, L, E). ``keys``: (4, B) int32 dropout keys, None for no dropout."""
+    def forward(
+        self,
+        x_BLE: Tensor,
+        padding_mask: Tensor,
+        keys: Tensor | None,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, L, E).
+
+        Args:
+            x_BLE: (B, L, E).
+            padding_mask: (B, L) bool, True = real token.
+            keys: (4, B) int32 dropout keys, None for no dropout.
+            rotation: of rotary positions, None for others.
+        """
         p = self.dropout_p if keys is not None else 0.0
         drop = _dropper(p, keys)
         # (B, L, 3·H·D) → 3 × (B, H, L, D)
         qkv = self.qkv(self.attention_norm(x_BLE)).unflatten(-1, (3, self.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if self.pattern is not None and self.pattern.watching:
             self.pattern.observe(q, k, padding_mask)
         attended = self.attention(q, k, v, padding_mask, None if keys is None else keys[0])
@@ -95,7 +127,10 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-    """Embedding, learned positions, encoder layers, mean pooling, two-layer classifier.
+    """Embedding, positions, encoder layers, mean pooling, two-layer classifier.
+
+    With two documents a sample it is a dual encoder: the same layers pool each document to x₀ and
+    x₁, and the classifier sees [x₀, x₁, x₀∘x₁, x₀ − x₁].
 
     Args:
         config: sizes.
@@ -103,6 +138,7 @@ class EncoderClassifier(nn.Module):
         vocab_size: token ids.
         num_classes: outputs.
         max_length: longest input, in tokens.
+        documents: sequences of a sample, 1 or 2.
     """
 
     def __init__(
@@ -112,13 +148,17 @@ class EncoderClassifier(nn.Module):
         vocab_size: int,
         num_classes: int,
         max_length: int,
+        documents: int = 1,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.token_embedding = nn.Embedding(vocab_size, config.dim)
-        self.position_embedding = nn.Embedding(max_length, config.dim)
+        self.config, self.documents = config, documents
+        # A mask is one more token.
+        tokens = vocab_size + (config.masked_token_loss > 0.0)
+        self.token_embedding = nn.Embedding(tokens, config.dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(max_length, config.dim)
+            nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config,
@@ -132,10 +172,12 @@ class EncoderClassifier(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim)
         self.classifier = nn.Sequential(
-            nn.Linear(config.dim, config.classifier_dim),
+            nn.Linear(config.dim if documents == 1 else 4 * config.dim, config.classifier_dim),
             nn.ReLU(),
             nn.Linear(config.classifier_dim, num_classes),
         )
+        if config.masked_token_loss > 0.0:
+            self.token_head = nn.Linear(config.dim, vocab_size)
         self._pattern_loss: Tensor | None = None
         self._pattern_weight = 0.0
         if isinstance(sparse_attention, SatAttentionConfig):
@@ -171,33 +213,66 @@ class EncoderClassifier(nn.Module):
         return [layer.attention for layer in self.layers]  # type: ignore[misc]
 
     def forward(
-        self, input_ids: Tensor, padding_mask: Tensor, dropout_keys: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor,
+        dropout_keys: Tensor | None = None,
+        guess_tokens: bool = False,
     ) -> Tensor:
-        """Return logits (B, classes).
+        """Return logits (B, classes), or those of every token, (B, L, vocab_size).
 
         Args:
-            input_ids: (B, L) int64.
-            padding_mask: (B, L) bool, True = real token.
+            input_ids: (B, L) int64; (B, 2, L) with two documents.
+            padding_mask: bool of the same shape, True = real token.
             dropout_keys: (dropout_places, B) int32 from ``sample_keys``; None means no dropout on
                 the residual stream. Only used in training mode.
+            guess_tokens: ask for the tokens; vocab_size itself is the id of a masked one.
         """
+        shape = input_ids.shape
         keys = dropout_keys if self.training else None
-        learning = self._watched_patterns()
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        # A pass that guesses tokens gives no pattern loss.
+        learning = [] if guess_tokens else self._watched_patterns()
+        input_ids, padding_mask = self.seen_by_attention(input_ids, padding_mask)
+        if keys is not None and self.documents > 1:
+            document = torch.arange(self.documents, dtype=torch.int32, device=keys.device)
+            keys = combine(keys[..., None], document).flatten(-2)
+        length, device = input_ids.shape[1], input_ids.device
+        x, rotation = self.token_embedding(input_ids), None
+        if self.config.positions == "rotary":
+            rotation = rotations(length, self.config.head_dim, device)
+        else:
+            x = x + self.position_embedding(torch.arange(length, device=device))
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
         for index, layer in enumerate(self.layers):
             first = 1 + _PLACES_A_LAYER * index
-            inputs = (x, padding_mask, None if keys is None else keys[first : first + 4])
+            inputs = (x, padding_mask, None if keys is None else keys[first : first + 4], rotation)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 # Dropout is counter-based: there is no random state to restore.
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*inputs)
+        x = self.norm(x)
+        if guess_tokens:
+            return self.token_head(x).view(*shape, -1)
         if learning:
             losses = torch.stack([pattern() for pattern in learning])
             self._pattern_loss = self._pattern_weight * losses.sum()
-        return self.classifier(self._pool(self.norm(x), padding_mask))
+        pooled = self._pool(x, padding_mask)
+        if self.documents > 1:
+            first, second = pooled.unflatten(0, (-1, self.documents)).unbind(dim=1)
+            pooled = torch.cat([first, second, first * second, first - second], dim=-1)
+        return self.classifier(pooled)
+
+    def seen_by_attention(self, input_ids: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids and padding mask as the layers see them.
+
+        (B, L) each; (2·B, L) with two documents, which go through the same layers.
+        """
+        if self.config.zero_is_padding:
+            padding_mask = padding_mask & (input_ids != 0)
+        if self.documents > 1:
+            return input_ids.flatten(0, 1), padding_mask.flatten(0, 1)
+        return input_ids, padding_mask
 
     def _watched_patterns(self) -> list[LearnedPattern]:
         """Return the patterns that learn from the pass that begins, and tell them to watch it."""

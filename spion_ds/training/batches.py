@@ -16,8 +16,8 @@ class Batch:
     """A micro-batch on the device.
 
     Attributes:
-        input_ids: (B, L) int64.
-        padding_mask: (B, L) bool, True = real token.
+        input_ids: (B, L) int64; (B, 2, L) with two documents a sample.
+        padding_mask: bool of the same shape, True = real token.
         labels: (B,) int64.
     """
 
@@ -67,12 +67,14 @@ def micro_batch_positions(
 
 def read_batch(split: Split, indices: np.ndarray, device: torch.device) -> Batch:
     """Return the samples at ``indices`` on ``device``."""
-    ids = torch.from_numpy(np.ascontiguousarray(split.input_ids[indices]))
+    stored = np.ascontiguousarray(split.input_ids[indices])
+    # PyTorch does little with uint16; ids are far below 2^15.
+    ids = torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
     lengths = torch.from_numpy(np.ascontiguousarray(split.lengths[indices]).astype(np.int64))
     labels = torch.from_numpy(np.ascontiguousarray(split.labels[indices]).astype(np.int64))
     if device.type == "cuda":
         ids, lengths, labels = ids.pin_memory(), lengths.pin_memory(), labels.pin_memory()
-    # The ids travel as they are stored (one byte each) and widen on the device.
+    # The ids travel as they are stored (one or two bytes each) and widen on the device.
     ids, lengths, labels = (x.to(device, non_blocking=True) for x in (ids, lengths, labels))
-    positions = torch.arange(ids.shape[1], device=device)
-    return Batch(ids.long(), positions < lengths[:, None], labels)
+    positions = torch.arange(ids.shape[-1], device=device)
+    return Batch(ids.long(), positions < lengths[..., None], labels)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,8 +24,12 @@ from spion_ds.sparsity import (
 )
 from spion_ds.sparsity.block import DEFAULT_MODE, MODES, merge_sparse_attention, mode_keys
 from spion_ds.training.acceleration import check_acceleration
+from spion_ds.training.augmentation import AUGMENTED_TASKS
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 RULES = ("distance", "fixed", "skewness")
 RESOLUTIONS = ("token", "block")
@@ -150,6 +154,7 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps of the whole run.
+        pretrain_steps: steps at the start that learn from ``model.masked_token_loss`` alone.
         batch_size: samples of a step, over all ranks.
         micro_batch_size: samples a rank takes at once; null takes its whole share.
         precision: ``"fp32"``, ``"bf16"`` or (GPU only) ``"fp16"``.
@@ -161,12 +166,15 @@ class TrainingConfig:
         on_nonfinite: what a NaN or infinity in loss or gradients does: ``"stop"`` ends the run,
             ``"skip"`` leaves out the optimizer step.
         rank_timeout_seconds: how long a rank may be silent or not move before all end.
+        augment: whether training inputs are changed in ways that keep the label: operands of
+            ListOps shuffled, images of Pathfinder flipped and turned.
         compile: whether TorchInductor compiles the training steps (ZeRO 0 to 2).
         cuda_graph: whether the sparse phase's steps are replayed from a CUDA graph (GPU, ZeRO 0
             to 2, one micro-batch a step).
     """
 
     steps: int = 1000
+    pretrain_steps: int = 0
     batch_size: int = 32
     micro_batch_size: int | None = None
     precision: str = "fp32"
@@ -177,6 +185,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     on_nonfinite: str = "stop"
     rank_timeout_seconds: float = 600.0
+    augment: bool = False
     compile: bool = False
     cuda_graph: bool = False
 
@@ -191,6 +200,9 @@ class TrainingConfig:
             "keep_checkpoints",
         ):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "from 1 up")
+        most = self.steps - 1
+        pretrain = self.pretrain_steps
+        require(0 <= pretrain <= most, "training.pretrain_steps", pretrain, f"0 to {most}")
         micro = self.micro_batch_size
         require(micro is None or micro >= 1, "training.micro_batch_size", micro, "from 1 up")
         require(0 <= self.seed < 2**31, "training.seed", self.seed, "0 to 2^31 - 1")
@@ -240,6 +252,12 @@ class RunConfig:
         )
 
     @property
+    def tokens_per_step(self) -> int:
+        """Sequence positions of a step, padding included, over all ranks."""
+        documents = get_task(self.task).documents
+        return self.batches.total * documents * self.data.sequence_length
+
+    @property
     def is_sparse(self) -> bool:
         """Whether the run is sparse at any time; a dense run stays dense throughout."""
         return self.sparse_attention.mode != "dense"
@@ -267,8 +285,25 @@ _SECTIONS: dict[str, type] = {
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
-    folder = importlib.resources.files("spion_ds.recipes")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.suffix == ".yaml")  # type: ignore[attr-defined]
+    return _yaml_names(importlib.resources.files("spion_ds.recipes"))
+
+
+def attention_names() -> list[str]:
+    """Return the names that ``--attention`` knows: each replaces a recipe's attention."""
+    return _yaml_names(_attention_folder())
+
+
+def read_attention(name: str) -> dict[str, Any]:
+    """Return the ``sparse_attention`` block called ``name``, as in ``recipes/attention/``.
+
+    A value that is a mapping holds one value a task.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in attention_names():
+        raise ConfigError(unknown_name("--attention", name, attention_names()))
+    return _parse_yaml(_attention_folder().joinpath(f"{name}.yaml").read_text(), name)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -314,11 +349,12 @@ def build_run_config(
     *,
     world_size: int,
     device_type: str,
+    attention: str | None = None,
 ) -> RunConfig:
     """Return the validated configuration of a run.
 
-    Values come from the recipe, then from the ``sparse_attention`` block of the DeepSpeed
-    configuration, then from the command line.
+    Values come from the recipe, then from the named attention, then from the ``sparse_attention``
+    block of the DeepSpeed configuration, then from the command line.
 
     Args:
         recipe: nested mappings, from :func:`read_recipe` or a saved run.
@@ -326,6 +362,7 @@ def build_run_config(
         overrides: ``section.key=value`` texts; values are read as YAML.
         world_size: ranks that train.
         device_type: ``"cpu"`` or ``"cuda"``.
+        attention: one of :func:`attention_names`; it is appended to the recipe's name.
 
     Raises:
         ConfigError: anything unknown, out of range or contradictory.
@@ -337,7 +374,8 @@ def build_run_config(
     values.pop("deepspeed", None)
     layers = [values.pop("sparse_attention", None) or {}]
     mode = layers[0].get("mode", DEFAULT_MODE) if isinstance(layers[0], Mapping) else DEFAULT_MODE
-    layers.append(take_sparse_attention_block(ds_values, mode) or {})
+    named = read_attention(attention) if attention else {"mode": mode}
+    layers.append(take_sparse_attention_block(ds_values, named["mode"]) or {})
     transition = values.pop("transition", None) or {}
     for text in overrides:
         _override(values, text)
@@ -348,6 +386,8 @@ def build_run_config(
             raise ConfigError(unknown_name("key", key, known))
     if "task" not in values:
         raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
+    if attention:
+        layers.insert(1, _for_task(named, str(values["task"])))
     sparse_attention = read_sparse_attention(merge_sparse_attention(layers))
     values["transition"] = _published_or_given(
         transition, values.get("transition", {}), str(mode), sparse_attention.mode
@@ -358,7 +398,7 @@ def build_run_config(
         name: read_dataclass(cls, values.get(name) or {}, name) for name, cls in _SECTIONS.items()
     }
     config = RunConfig(
-        recipe=str(values.get("recipe", "run")),
+        recipe="-".join([str(values.get("recipe", "run")), *([attention] if attention else [])]),
         task=task.name,
         data=data,
         sparse_attention=sparse_attention,
@@ -389,6 +429,24 @@ def _validated(
     config.data.validate()
     config.model.validate()
     config.training.validate()
+    require(
+        config.training.pretrain_steps == 0 or config.model.masked_token_loss > 0.0,
+        "training.pretrain_steps",
+        config.training.pretrain_steps,
+        "0 where model.masked_token_loss is 0",
+    )
+    require(
+        not config.training.cuda_graph or config.model.masked_token_loss == 0.0,
+        "training.cuda_graph",
+        True,
+        "false where model.masked_token_loss is above 0",
+    )
+    require(
+        not config.training.augment or config.task in AUGMENTED_TASKS,
+        "training.augment",
+        True,
+        f"false for the task {config.task}; true for {', '.join(AUGMENTED_TASKS)}",
+    )
     config.sparse_attention.validate(config.data.sequence_length)
     if config.switches:
         config.transition.validate(config.training.steps)
@@ -433,6 +491,24 @@ def _dotted_keys() -> list[str]:
         *(f"{s}.{f.name}" for s, cls in _SECTIONS.items() for f in dataclasses.fields(cls)),
         *sorted(keys),
     ]
+
+
+def _attention_folder() -> Traversable:
+    return importlib.resources.files("spion_ds.recipes").joinpath("attention")
+
+
+def _yaml_names(folder: Traversable) -> list[str]:
+    names = [entry.name for entry in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _for_task(block: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return a named attention's block for one task; what it does not say is the recipe's."""
+    return {
+        key: value[task] if isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if not isinstance(value, Mapping) or task in value
+    }
 
 
 def _parse_yaml(text: str, name: str) -> dict[str, Any]:

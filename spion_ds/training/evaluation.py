@@ -73,7 +73,7 @@ def evaluate(
         dist.all_reduce(totals)
     correct, loss, samples = totals.tolist()
     seconds = time.perf_counter() - started
-    tokens = len(split) * split.input_ids.shape[1]
+    tokens = split.input_ids.size
     return Evaluation(correct / samples, loss / samples, int(samples), tokens / seconds)
 
 
@@ -87,6 +87,7 @@ def build_model(config: RunConfig) -> EncoderClassifier:
         task.vocab_size,
         task.num_classes,
         config.data.sequence_length,
+        task.documents,
     )
 
 

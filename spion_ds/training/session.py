@@ -49,6 +49,7 @@ class TrainOptions:
 
     Attributes:
         recipe: name or path; None takes the resumed run's own, or the default.
+        attention: name of an attention that replaces the recipe's; None keeps it.
         ds_config: path of a DeepSpeed JSON; None takes the run's own, or ZeRO stage 0.
         overrides: ``section.key=value`` texts.
         run_dir: folder that holds the runs.
@@ -61,6 +62,7 @@ class TrainOptions:
     """
 
     recipe: str | None = None
+    attention: str | None = None
     ds_config: str | None = None
     overrides: Sequence[str] = ()
     run_dir: Path = Path("runs")
@@ -205,10 +207,16 @@ def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
 def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> RunConfig:
     if options.if_taken not in ("suffix", "error"):
         raise ConfigError(f"--if_taken is {options.if_taken!r}; allowed: suffix or error")
+    attention = options.attention
     if checkpoint is None or options.recipe is not None:
         recipe = read_recipe(options.recipe or DEFAULT_RECIPE)
     else:
-        recipe = _saved_recipe(checkpoint)
+        recipe, attention = _saved_recipe(checkpoint), None
+        if options.attention and not str(recipe.get("recipe")).endswith(f"-{options.attention}"):
+            raise ConfigError(
+                f"--attention is {options.attention!r}, but the run to go on with is "
+                f"{recipe.get('recipe')!r}; leave it out, or start another run"
+            )
     deepspeed = read_deepspeed_json(options.ds_config) if options.ds_config else None
     config = build_run_config(
         recipe,
@@ -216,6 +224,7 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
         options.overrides,
         world_size=ranks.world_size,
         device_type=ranks.device.type,
+        attention=attention,
     )
     check_map_memory(config, ranks)
     if checkpoint is not None:
@@ -248,7 +257,8 @@ def _checkpoint_to_resume(
 
 
 def _run_name(options: TrainOptions) -> str:
-    return options.run_name or Path(options.recipe or DEFAULT_RECIPE).stem
+    recipe = Path(options.recipe or DEFAULT_RECIPE).stem
+    return options.run_name or "-".join([recipe, *filter(None, [options.attention])])
 
 
 def _verify(options: TrainOptions, config: RunConfig, ranks: Ranks, agreement: Agreement) -> Resume:
@@ -344,7 +354,7 @@ def _sum_up(
 def _summary(
     trainer: Trainer, config: RunConfig, dataset: Dataset, test: Evaluation, folder: Path
 ) -> dict[str, Any]:
-    state, tokens = trainer.state, config.batches.total * config.data.sequence_length
+    state, tokens = trainer.state, config.tokens_per_step
     densities = [float(mask.double().mean()) for mask in state.masks or []]
     dense_steps = state.step if state.switch_step is None else state.switch_step
     times = seconds_per_step(folder)

@@ -15,10 +15,11 @@ from torch import Tensor
 from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
-from spion_ds.data import Dataset
+from spion_ds.data import Dataset, get_task
 from spion_ds.errors import SpionError
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
+from spion_ds.training.augmentation import make_augmentation
 from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
 from spion_ds.training.checkpoint import (
     TrainingState,
@@ -36,6 +37,7 @@ from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
 from spion_ds.training.deepspeed_config import with_universal_checkpoint
 from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
+from spion_ds.training.masked_tokens import mask_tokens
 from spion_ds.training.optimizer_hooks import clip_by_value, restart, step_unless
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
@@ -128,14 +130,19 @@ class Trainer:
             -(-config.data.sequence_length // config.sparse_attention.block),
             agreement,
         )
+        self.augmentation = (
+            make_augmentation(config.task, config.data, dataset)
+            if config.training.augment
+            else None
+        )
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.timer = StepTimer(self.device)
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
         )
-        # Sums of loss, correct predictions, samples and pattern loss: since the last row of the
-        # log, on this rank.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # Sums of loss, correct predictions, samples, pattern loss and masked-token loss: since the
+        # last row of the log, on this rank.
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
@@ -195,17 +202,28 @@ class Trainer:
         counted = torch.zeros_like(self._sums)
         for micro_step, positions in enumerate(self._positions()):
             batch = read_batch(self.dataset.train, samples[positions], self.device)
+            # Places: dropout, dropout of the pass with masks, augmentation, masks.
+            places = self.model.dropout_places
             keys = sample_keys(
-                state.seed, state.step, torch.from_numpy(positions), self.model.dropout_places
-            )
+                state.seed, state.step, torch.from_numpy(positions), 2 * places + 2
+            ).to(self.device, non_blocking=True)
+            input_ids = batch.input_ids
+            if self.augmentation is not None:
+                input_ids = self.augmentation(input_ids, keys[-2])
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (batch.input_ids, batch.padding_mask, keys.to(self.device, non_blocking=True))
+            inputs = (input_ids, batch.padding_mask, keys[:places])
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
             loss = F.cross_entropy(logits, batch.labels)
             _count(counted, loss.detach(), logits.detach(), batch.labels)
+            if config.model.masked_token_loss > 0.0:
+                # Not left out: every parameter shall have a gradient.
+                loss = loss * float(state.step >= config.training.pretrain_steps)
+                masked_loss = self._masked_token_loss(*inputs[:2], keys[places:])
+                counted[4] += masked_loss.detach() * len(batch.labels)
+                loss = loss + config.model.masked_token_loss * masked_loss
             pattern_loss = self.model.take_pattern_loss()
             if pattern_loss is not None:
                 counted[3] += pattern_loss.detach() * len(batch.labels)
@@ -248,10 +266,18 @@ class Trainer:
         )
         for positions in self._positions():
             batch = read_batch(self.dataset.train, samples[positions], self.device)
-            count += row_counts(batch.padding_mask, self.config.model.heads)
+            seen = self.model.seen_by_attention(batch.input_ids, batch.padding_mask)
+            count += row_counts(seen[1], self.config.model.heads)
         dist.all_reduce(count)
         weights = mean_row_weights(count)
         return [PooledMapAccumulator(layer.block, layer.convolution, weights) for layer in layers]
+
+    def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
+        """Return the loss () of a pass in which tokens are masked."""
+        mask_id = get_task(self.config.task).vocab_size
+        batch = mask_tokens(input_ids, padding_mask, keys[-1], mask_id)
+        logits = self.engine(batch.input_ids, padding_mask, keys[:-2], guess_tokens=True)
+        return batch.loss(logits)
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""
@@ -348,12 +374,12 @@ class Trainer:
         state = self.state
         seconds = self.timer.take()
         dist.all_reduce(self._sums)
-        loss, correct, samples, pattern_loss = self._sums.tolist()
+        loss, correct, samples, pattern_loss, masked_loss = self._sums.tolist()
         self._sums.zero_()
         if samples == 0:  # every step since the last row was skipped
             return
         loss, accuracy = loss / samples, correct / samples
-        tokens = self.config.batches.total * self.config.data.sequence_length
+        tokens = self.config.tokens_per_step
         speed = (
             {}
             if seconds is None
@@ -369,6 +395,7 @@ class Trainer:
             accuracy=accuracy,
             phase=phase,
             lr=self._rate,
+            **({"masked_token_loss": masked_loss / samples} if masked_loss else {}),
             memory_bytes=peak_memory_bytes(self.device),
             **({"pattern_loss": pattern_loss / samples} if pattern_loss else {}),
             **speed,

@@ -499,7 +499,7 @@ def test_the_command_line_prepares_and_describes(tmp_path: Path) -> None:
     ("argument", "message"),
     [
         ("trian=5", "error: unknown key 'data.trian' (did you mean 'data.train'"),
-        ("train=many", "error: data.train is 'many'; allowed: a value of type int"),
+        ("train=many", "error: data.train is 'many'; wanted: a whole number"),
         ("train", "error: data.train has no value"),
         ("train=0", "error: data.train is 0; allowed: a whole number from 1 up"),
         ("--task=imdb", "error: unknown task 'imdb'"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
@@ -199,6 +200,75 @@ def test_masked_mean_averages_the_real_tokens_and_mean_the_padding_too():
     # The last sample has no padding, the first has.
     torch.testing.assert_close(everything[-1], pooled[-1], **SAME)
     assert not torch.allclose(everything[0], pooled[0], rtol=1e-3)
+
+
+def test_zero_is_a_token_unless_it_is_to_be_padding():
+    made, (ids, real) = model().eval(), batch()
+    real = torch.ones_like(real)
+    ids[:, ::3] = 0
+    assert not torch.allclose(made(ids, real), made(ids, ids != 0), rtol=1e-3)
+    published = model(replace(SMALL, zero_is_padding=True)).eval()
+    assert torch.equal(published(ids, real), made(ids, ids != 0))
+
+
+def pair_model(phase: str = "dense") -> EncoderClassifier:
+    torch.manual_seed(0)
+    block = SparseAttentionConfig(block=BLOCK)
+    made = EncoderClassifier(SMALL, block, VOCABULARY, CLASSES, LENGTH, documents=2).double()
+    if phase == "sparse":
+        switch(made)
+    return made
+
+
+def pair_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids, real = batch(8)
+    return ids.unflatten(0, (4, 2)), real.unflatten(0, (4, 2))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_two_documents_are_encoded_alike_and_compared(phase):
+    made, (ids, real) = pair_model(phase).eval(), pair_batch()
+    single = model(phase=phase).eval()
+    weights = {k: v for k, v in made.state_dict().items() if not k.startswith("classifier.0")}
+    single.load_state_dict(weights, strict=False)
+    seen = []
+    single.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    single(ids[:, 0], real[:, 0])
+    single(ids[:, 1], real[:, 1])
+    first, second = seen
+    compared = torch.cat([first, second, first * second, first - second], dim=1)
+    torch.testing.assert_close(made(ids, real), made.classifier(compared), **SAME)
+
+
+def test_maps_are_of_both_documents():
+    made, (ids, real) = pair_model().eval(), pair_batch()
+    seen = AttentionMapAccumulator()
+    made.attentions[0].observer = seen
+    made(ids, real)
+    apart = AttentionMapAccumulator()
+    single = model().eval()
+    weights = {k: v for k, v in made.state_dict().items() if not k.startswith("classifier.0")}
+    single.load_state_dict(weights, strict=False)
+    for document in range(2):
+        single.attentions[0].observer = apart
+        single(ids[:, document], real[:, document])
+    torch.testing.assert_close(seen.total, apart.total, rtol=1e-6, atol=1e-9)  # of float32 maps
+    torch.testing.assert_close(seen.count, apart.count)
+
+
+def test_two_documents_of_a_sample_draw_different_dropout_whatever_the_split():
+    made, (ids, real) = pair_model(), pair_batch()
+    keys = sample_keys(0, 5, torch.arange(4), made.dropout_places)
+    whole = made(ids, real, keys)
+    for row in range(4):
+        own = sample_keys(0, 5, torch.tensor([row]), made.dropout_places)
+        alone = made(ids[row : row + 1], real[row : row + 1], own)
+        torch.testing.assert_close(alone, whole[row : row + 1], **SAME)
+    twice = ids[:, :1].expand(-1, 2, -1), real[:, :1].expand(-1, 2, -1)
+    seen = []
+    made.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    made(*twice, keys)
+    assert not torch.allclose(seen[0][:, :8], seen[0][:, 8:16], rtol=1e-3)
 
 
 def test_switching_the_masks_keeps_parameters_and_state_dict_keys():

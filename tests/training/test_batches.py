@@ -51,3 +51,13 @@ def test_read_batch_masks_padding() -> None:
     assert batch.padding_mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert batch.labels.tolist() == [9, 1]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+def test_read_batch_keeps_two_documents_apart_and_every_byte() -> None:
+    ids = np.array([[[256, 4, 0], [1, 0, 0]], [[5, 6, 7], [8, 256, 0]]], dtype=np.uint16)
+    lengths = np.array([[2, 1], [3, 2]], dtype=np.int32)
+    split = Split(ids, lengths, np.array([1, 0], dtype=np.uint8))
+    batch = read_batch(split, np.array([1, 0]), torch.device("cpu"))
+    assert batch.input_ids.tolist() == ids[::-1].tolist()
+    assert batch.padding_mask.tolist() == (ids[::-1] != 0).tolist()
+    assert batch.input_ids.dtype == torch.int64

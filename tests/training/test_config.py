@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from spion_ds.errors import ConfigError
-from spion_ds.training.config import RunConfig, build_run_config, read_recipe, recipe_names
+from spion_ds.sparsity.block import MODES
+from spion_ds.training.config import (
+    RunConfig,
+    attention_names,
+    build_run_config,
+    read_attention,
+    read_recipe,
+    recipe_names,
+)
 from spion_ds.training.deepspeed_config import zero_stage
 from tests.training.launching import ROOT
 
@@ -78,6 +86,94 @@ def test_the_published_listops_recipe() -> None:
     assert (optimizer.lr, optimizer.warmup_steps, optimizer.eps) == (7e-4, 1000, 1e-6)
     assert (optimizer.clip_value, config.transition.check_every) == (1.0, 500)
     assert config.schedule.restart_at_switch
+
+
+# Table of the published runs: tokens, layers, batch, peak rate, warm-up, steps, check, block,
+# alpha, density.
+PUBLISHED = {
+    "image": (1024, 2, 128, 1e-4, 175, 10_000, 500, 32, 0.96, 0.04),
+    "listops": (2048, 4, 256, 7e-4, 1000, 30_000, 500, 64, 0.98, 0.04),
+    "retrieval": (4096, 2, 32, 3e-4, 800, 40_000, 200, 64, 0.99, 0.021),
+    "text": (4096, 2, 32, 1e-4, 80, 30_000, 200, 64, 0.99, 0.03),
+    "pathfinder32": (1024, 2, 256, 3e-4, 312, 50_000, 500, 32, 0.96, 0.05),
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_the_published_recipes(task: str) -> None:
+    config = build(task)
+    assert (config.task, config.model) == (
+        task,
+        build("listops", overrides=(f"model.layers={config.model.layers}",)).model,
+    )
+    attention = config.sparse_attention
+    found = (
+        config.data.sequence_length,
+        config.model.layers,
+        config.training.batch_size,
+        config.optimizer.lr,
+        config.optimizer.warmup_steps,
+        config.training.steps,
+        config.transition.check_every,
+        attention.block,
+        attention.alpha,
+        attention.density,
+    )
+    assert found == PUBLISHED[task]
+
+
+@pytest.mark.parametrize("recipe", [*PUBLISHED, "pathfinder128"])
+@pytest.mark.parametrize("name", attention_names())
+def test_every_recipe_takes_every_attention(recipe: str, name: str) -> None:
+    mode = read_attention(name)["mode"]
+    if mode not in MODES:
+        pytest.skip(f"there is no mode {mode!r}")
+    config = build_run_config(
+        read_recipe(recipe), {}, (), world_size=1, device_type="cpu", attention=name
+    )
+    plain = build(recipe)
+    assert config.recipe == f"{recipe}-{name}"
+    assert config.sparse_attention.mode == mode
+    assert config.sparse_attention.block == plain.sparse_attention.block
+    assert (config.model, config.optimizer, config.data) == (
+        plain.model,
+        plain.optimizer,
+        plain.data,
+    )
+    variant = name.partition("spion-")[2]
+    if variant:
+        assert config.sparse_attention.variant == variant
+        assert config.sparse_attention.alpha == plain.sparse_attention.alpha
+        assert config.sparse_attention.density == plain.sparse_attention.density
+    if mode == "sat":
+        published = {"image": 0.05, "listops": 0.04, "retrieval": 0.021}
+        assert config.sparse_attention.density == published.get(
+            recipe, plain.sparse_attention.density
+        )
+        assert config.transition.rule == "skewness"
+
+
+def test_a_named_attention_yields_to_the_json_and_the_command_line() -> None:
+    def with_bigbird(deepspeed: dict, *overrides: str) -> RunConfig:
+        return build_run_config(
+            read_recipe("image"),
+            deepspeed,
+            overrides,
+            world_size=1,
+            device_type="cpu",
+            attention="bigbird",
+        )
+
+    assert with_bigbird({}).sparse_attention.num_random_blocks == 3
+    block = {"sparse_attention": {"num_random_blocks": 2}}
+    assert with_bigbird(block).sparse_attention.num_random_blocks == 2
+    words = "sparse_attention.num_random_blocks=1"
+    assert with_bigbird(block, words).sparse_attention.num_random_blocks == 1
+    assert with_bigbird({}, "sparse_attention.mode=fixed").sparse_attention.mode == "fixed"
+    with pytest.raises(
+        ConfigError, match=r"unknown --attention 'bigbrid' \(did you mean 'bigbird'"
+    ):
+        read_attention("bigbrid")
 
 
 def test_a_saved_configuration_reads_back_the_same() -> None:

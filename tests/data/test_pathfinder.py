@@ -1,0 +1,285 @@
+"""The Pathfinder tasks: what is drawn, that it is reproducible and resumable, official files."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spion_ds.data import pathfinder, pathfinder_snakes
+from spion_ds.data.pathfinder import (
+    SHARD_IMAGES,
+    PathfinderConfig,
+    PathXConfig,
+    check_source,
+    draw_shard,
+    prepare,
+)
+from spion_ds.data.pathfinder_snakes import Scene, draw_images
+from spion_ds.data.pathfinder_strokes import FIRST_DIRECTIONS, WEIGHT_ONE, Strokes, make_strokes
+from spion_ds.errors import ConfigError, DataError
+
+TINY = PathfinderConfig(
+    image_size=16,
+    train=600,
+    validation=100,
+    test=60,
+    seed_distance=3,
+    contour_length=4,
+    distractors=1,
+    distractor_length=2,
+)
+SCENE_32 = Scene(7, 14, 5, 4, 1.5, 2)
+SCENE_128 = Scene(20, 14, 8, 4, 3.0, 2)
+
+
+def strokes_32() -> Strokes:
+    return make_strokes(32, 1, 1, 2, 0.5, 2, 1.0, 0.75)
+
+
+def strokes_128() -> Strokes:
+    return make_strokes(128, 1, 2, 5, 1.5, 2, 1.8, 1.0)
+
+
+def random() -> np.random.BitGenerator:
+    return np.random.PCG64(11)
+
+
+@pytest.mark.parametrize(
+    ("strokes", "scene", "count", "share"),
+    [(strokes_32(), SCENE_32, 600, 0.66), (strokes_128(), SCENE_128, 40, 0.86)],
+    ids=["32", "128"],
+)
+def test_images_look_like_the_published_ones(
+    strokes: Strokes, scene: Scene, count: int, share: float
+) -> None:
+    images = draw_images(strokes, scene, count, random())
+    # Published to two digits; the mean of so many images is good to less than one point.
+    assert (images.pixels == 0).mean() == pytest.approx(share, abs=0.02)
+    assert (images.pixels.min(axis=(1, 2)) == 0).all()
+    assert (images.pixels.max(axis=(1, 2)) == 255).all()
+    # Five standard deviations of a fair coin.
+    assert images.labels.mean() == pytest.approx(0.5, abs=2.5 / math.sqrt(count))
+
+
+@pytest.mark.parametrize(
+    ("strokes", "scene", "reach"),
+    [(strokes_32(), SCENE_32, 2 * (2 + 1)), (strokes_128(), SCENE_128, 2 * (5 + 2))],
+    ids=["32", "128"],
+)
+def test_the_label_says_whether_a_dashed_path_joins_the_discs(
+    strokes: Strokes, scene: Scene, reach: int
+) -> None:
+    images = draw_images(strokes, scene, 40, random())
+    for pixels, label, discs, tips in zip(
+        images.pixels, images.labels, images.discs, images.tips, strict=True
+    ):
+        for row, column in discs:
+            assert pixels[row, column] == 255
+        # Each snake is a chain: every tip is lit, and the next is a stroke and its gaps away.
+        assert (pixels[tips[..., 0], tips[..., 1]] > 0).all()
+        gaps = np.linalg.norm(np.diff(tips, axis=1), axis=-1)
+        # A step's pivot and tip are both rounded to pixels.
+        assert gaps.max() <= reach + 2 * math.sqrt(2)
+        # The two snakes start the seed distance apart; tips are rounded to pixels.
+        apart = np.linalg.norm(tips[0, 0] - tips[1, 0])
+        assert apart == pytest.approx(scene.seed_distance, abs=math.sqrt(0.5))
+        ends = [{tuple(snake[0]), tuple(snake[-1])} for snake in tips.tolist()]
+        assert ({tuple(disc) for disc in discs.tolist()} in ends) == bool(label)
+    assert set(images.labels) == {0, 1}
+
+
+def test_no_two_strokes_of_a_snake_share_their_core() -> None:
+    strokes = strokes_128()
+    images = draw_images(strokes, replace_scene(distractors=0), 10, random())
+    for tips in images.tips:
+        for snake in tips:
+            distances = np.linalg.norm(snake[:, None] - snake[None], axis=-1)
+            apart = distances[~np.eye(len(snake), dtype=bool)]
+            # Masks reach the margin of 2 around a stroke 1.5 wide.
+            assert apart.min() > 2
+
+
+def replace_scene(**changes: int) -> Scene:
+    return replace(SCENE_128, **changes)
+
+
+@pytest.mark.parametrize("continuity", [1.0, 1.8])
+def test_steps_are_weighted_by_the_squared_cosine_of_the_turn(continuity: float) -> None:
+    strokes = make_strokes(64, 1, 2, 5, 1.5, 2, continuity, 1.0)
+    for direction in (0, 90, 233):
+        heading = math.radians(direction - 180)
+        for tip, turn, weight in zip(
+            strokes.tips[direction],
+            strokes.turns[direction],
+            strokes.weights[direction],
+            strict=True,
+        ):
+            assert turn >= FIRST_DIRECTIONS
+            row, column = divmod(int(tip) + 10 * strokes.width + 10, strokes.width)
+            delta = abs(math.atan2(row - 10, column - 10) - heading)
+            delta = min(delta, 2 * math.pi - delta)
+            expected = math.cos(min(continuity * delta, math.pi / 2)) ** 2
+            assert weight / WEIGHT_ONE == pytest.approx(expected, abs=1 / WEIGHT_ONE)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for cores in (1, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        found.append(prepare(TINY, tmp_path / str(cores)))
+    sums = [[entry["sha256"] for entry in data.manifest["files"].values()] for data in found]
+    assert sums[0] == sums[1]
+
+
+def test_splits_share_no_image_and_images_do_not_depend_on_the_sizes(tmp_path: Path) -> None:
+    data = prepare(TINY, tmp_path)
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [600, 100, 60]
+    every = np.concatenate([s.input_ids for s in (data.train, data.validation, data.test)])
+    assert every.shape == (760, 256)
+    assert len(np.unique(every, axis=0)) == 760
+    assert (data.test.lengths == 256).all()
+    assert set(data.validation.labels) == {0, 1}
+    other = prepare(replace(TINY, train=300, validation=30), tmp_path)
+    assert np.array_equal(other.train.input_ids, every[:300])
+    assert np.array_equal(other.validation.input_ids, every[300:330])
+    seeds = prepare(replace(TINY, seed=1), tmp_path)
+    assert not np.array_equal(seeds.train.input_ids, data.train.input_ids)
+
+
+def test_an_interrupted_generation_keeps_its_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(TINY, tmp_path / "whole")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    drawn: list[int] = []
+
+    def interrupted(config: PathfinderConfig, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return draw(config, number)
+
+    def draw(config: PathfinderConfig, number: int) -> tuple[np.ndarray, np.ndarray]:
+        drawn.append(number)
+        return draw_shard(config, number)
+
+    monkeypatch.setattr(pathfinder, "draw_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(TINY, tmp_path)
+    [shards] = tmp_path.glob("*.shards")
+    assert [path.name for path in sorted(shards.iterdir())[:2]] == ["000000.npz", "000001.npz"]
+    # A shard that the machine cut short is drawn again.
+    (shards / "000001.npz").write_bytes((shards / "000001.npz").read_bytes()[:1000])
+
+    monkeypatch.setattr(pathfinder, "draw_shard", draw)
+    drawn.clear()
+    resumed = prepare(TINY, tmp_path)
+    assert 0 not in drawn
+    assert 1 in drawn
+    assert not shards.exists()
+    assert resumed.manifest["files"] == whole.manifest["files"]
+
+
+def test_snakes_that_never_fit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pathfinder_snakes, "BARREN_PAIRS", 4000)
+    with pytest.raises(ConfigError, match=r"contour_length 40 do not fit"):
+        draw_shard(replace(TINY, contour_length=40), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 14}, r"data\.image_size is 14; allowed: .* = 15 up"),
+        ({"margins": ()}, r"data\.margins"),
+        ({"margins": (0,)}, r"data\.margins"),
+        ({"paddle_thickness": 0.3}, r"data\.paddle_thickness"),
+        ({"continuity": 0.5}, r"data\.continuity"),
+        ({"contrast": 0.0}, r"data\.contrast"),
+        ({"contour_length": 1}, r"data\.contour_length"),
+        ({"train": 0}, r"data\.train"),
+        ({"source": ""}, r"data\.source"),
+    ],
+)
+def test_values_out_of_range_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(TINY, **change).validate()
+
+
+def test_the_published_configurations_are_valid() -> None:
+    PathfinderConfig().validate()
+    PathXConfig().validate()
+    assert PathXConfig().sequence_length == 16384
+
+
+# Official files: imgs/<batch>/sample_<n>.png, metadata/<batch>.npy.
+
+
+def write_official(folder: Path, batches: int = 2, images: int = 10) -> np.ndarray:
+    pixels = np.random.default_rng(5).integers(0, 256, (batches, images, 16, 16), np.uint8)
+    (folder / "metadata").mkdir(parents=True)
+    for batch in range(batches):
+        (folder / "imgs" / str(batch)).mkdir(parents=True)
+        rows = []
+        for number in range(images):
+            name = f"sample_{number}.png"
+            Image.fromarray(pixels[batch, number]).save(folder / "imgs" / str(batch) / name)
+            rows.append([f"imgs/{batch}", name, number, (batch + number) % 2, 1.8, 14, 4, 2])
+        path = folder / "metadata" / f"{batch}.npy"
+        if batch % 2 == 0:  # the released files are text …
+            path.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+        else:  # … and a generator's own are arrays of text
+            np.save(path, np.array([[str(word) for word in row] for row in rows]))
+    return pixels.reshape(batches * images, -1)
+
+
+OFFICIAL = replace(TINY, seed_distance=1)
+
+
+def test_official_files_are_read_in_both_formats(tmp_path: Path) -> None:
+    folder = tmp_path / "pathfinder16" / "curv_contour_length_14"
+    pixels = write_official(folder)
+    (folder / "imgs" / "0" / "sample_3.png").write_bytes(b"")  # the official set has one such
+    config = replace(OFFICIAL, source=str(tmp_path))
+    check_source(config)
+    data = prepare(config, tmp_path / "data")
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [15, 2, 2]
+    every = np.concatenate([s.input_ids for s in (data.train, data.validation, data.test)])
+    labels = np.concatenate([s.labels for s in (data.train, data.validation, data.test)])
+    kept = [row for row in range(20) if row != 3]
+    assert np.array_equal(every, pixels[kept])
+    assert labels.tolist() == [(row // 10 + row % 10) % 2 for row in kept]
+    assert (data.train.lengths == 256).all()
+
+
+def test_mistakes_in_official_files_are_named(tmp_path: Path) -> None:
+    config = replace(OFFICIAL, source=str(tmp_path))
+    with pytest.raises(DataError, match=r"has no metadata/<number>\.npy.*'generate'"):
+        check_source(config)
+    write_official(tmp_path, batches=1)
+    with pytest.raises(DataError, match=r"has 16×16 pixels; data\.image_size is 32"):
+        check_source(replace(config, image_size=32))
+    image = tmp_path / "imgs" / "0" / "sample_9.png"
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"sample_9\.png cannot be read as an image"):
+        prepare(config, tmp_path / "data")
+    image.unlink()
+    with pytest.raises(DataError, match=r"0\.npy, row 10: .*sample_9\.png is missing"):
+        prepare(config, tmp_path / "data")
+    (tmp_path / "metadata" / "0.npy").write_text("imgs/0 sample_0.png 0 2 1.8\n")
+    with pytest.raises(DataError, match=r"0\.npy, row 1: expected folder, file, number and label"):
+        check_source(config)
+    assert not list((tmp_path / "data").glob("*/"))
+
+
+def test_every_shard_has_the_same_number_of_images() -> None:
+    pixels, labels = draw_shard(TINY, 7)
+    assert pixels.shape == (SHARD_IMAGES, 256)
+    assert labels.shape == (SHARD_IMAGES,)

@@ -1,0 +1,124 @@
+"""Augmentation keeps what the label depends on, and is a function of its keys alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spion_ds.attention.dropout import sample_keys
+from spion_ds.data import Dataset, Split
+from spion_ds.data.listops import CLOSE_ID, evaluate
+from spion_ds.data.listops_trees import MIN_ID, SM_ID, TreeShape, draw_trees
+from spion_ds.errors import ConfigError
+from spion_ds.training.augmentation import flip_and_turn, make_augmentation, shuffle_operands
+
+DEPTH = 10
+
+
+def keys(samples: int, step: int = 3) -> torch.Tensor:
+    return sample_keys(0, step, torch.arange(samples), 1)[0]
+
+
+def trees(count: int) -> np.ndarray:
+    shape = TreeShape(min_length=50, max_length=600, max_depth=DEPTH, max_operands=10)
+    ids, _, _ = draw_trees(shape, 40 * count, np.random.PCG64(3), 640)
+    return ids[:count]
+
+
+def parsed(ids: np.ndarray) -> Any:
+    """Return an expression as nested (operator, operands), digits as they are."""
+    stack: list[tuple[int, list]] = [(0, [])]
+    for token in ids.tolist():
+        if MIN_ID <= token <= SM_ID:
+            stack.append((token, []))
+        elif token == CLOSE_ID:
+            done = stack.pop()
+            stack[-1][1].append(done)
+        elif token:
+            stack[-1][1].append(token)
+    [tree] = stack[0][1]
+    return tree
+
+
+def unordered(tree: Any) -> str:
+    """Return a text that does not depend on the order of operands."""
+    if isinstance(tree, int):
+        return str(tree)
+    return f"{tree[0]}({' '.join(sorted(unordered(operand) for operand in tree[1]))})"
+
+
+def test_shuffled_expressions_are_the_same_but_for_the_order_of_operands() -> None:
+    ids = trees(30)
+    shuffled = shuffle_operands(torch.from_numpy(ids).long(), keys(30), DEPTH).numpy()
+    deepest = 0
+    for before, after in zip(ids, shuffled, strict=True):
+        assert unordered(parsed(after)) == unordered(parsed(before))
+        assert evaluate(after.tolist()) == evaluate(before.tolist())
+        assert not np.array_equal(before, after)
+        assert np.array_equal(before == 0, after == 0)  # the padding stays
+        steps = np.isin(before, range(MIN_ID, SM_ID + 1)).astype(int) - (before == CLOSE_ID)
+        deepest = max(deepest, int(np.cumsum(steps).max()))
+    assert deepest == DEPTH - 1  # operators above the deepest digits
+
+
+def test_all_orders_are_equally_likely() -> None:
+    expression = torch.tensor([MIN_ID, 1, SM_ID, 5, 6, CLOSE_ID, 3, CLOSE_ID, 0])
+    count = 3000
+    shuffled = shuffle_operands(expression.expand(count, -1), keys(count), DEPTH)
+    seen = Counter(tuple(row) for row in shuffled.tolist())
+    assert len(seen) == 3 * 2 * 2
+    # Five standard deviations of a binomial count.
+    expected = count / 12
+    assert max(abs(n - expected) for n in seen.values()) < 5 * expected**0.5
+
+
+def test_draws_depend_on_the_sample_and_the_step_alone() -> None:
+    ids = torch.from_numpy(trees(8)).long()
+    whole = shuffle_operands(ids, keys(8), DEPTH)
+    parts = [shuffle_operands(ids[i : i + 3], keys(8)[i : i + 3], DEPTH) for i in (0, 3, 6)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(shuffle_operands(ids, keys(8, step=4), DEPTH), whole)
+    same = ids[:1].expand(8, -1)
+    assert len(shuffle_operands(same, keys(8), DEPTH).unique(dim=0)) == 8
+
+
+def test_images_take_all_eight_flips_and_turns() -> None:
+    image = torch.arange(16).expand(4000, -1)
+    seen = Counter(tuple(row) for row in flip_and_turn(image, keys(4000), 4).tolist())
+    square = np.arange(16).reshape(4, 4)
+    views = [np.rot90(view, quarter) for view in (square, square.T) for quarter in range(4)]
+    assert set(seen) == {tuple(view.reshape(-1).tolist()) for view in views}
+    # Five standard deviations of a binomial count.
+    assert max(abs(n - 500) for n in seen.values()) < 5 * 500**0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_draws_the_same() -> None:
+    ids = torch.from_numpy(trees(8)).long()
+    shuffled = shuffle_operands(ids.cuda(), keys(8).cuda(), DEPTH)
+    assert torch.equal(shuffled.cpu(), shuffle_operands(ids, keys(8), DEPTH))
+    image = torch.arange(64).expand(8, -1)
+    turned = flip_and_turn(image.cuda(), keys(8).cuda(), 8)
+    assert torch.equal(turned.cpu(), flip_and_turn(image, keys(8), 8))
+
+
+def test_listops_of_another_vocabulary_are_refused() -> None:
+    ids = trees(20)
+    labels = np.array([evaluate(row.tolist()) for row in ids], np.uint8)
+    lengths = (ids > 0).sum(axis=1).astype(np.int32)
+    config = type("Data", (), {"max_depth": DEPTH})
+
+    def dataset(tokens: np.ndarray) -> Dataset:
+        split = Split(tokens, lengths, labels)
+        return Dataset(split, split, split, Path(), {})
+
+    make_augmentation("listops", config, dataset(ids))
+    other = np.where(ids > 0, 17 - ids, 0).astype(np.uint8)
+    with pytest.raises(ConfigError, match=r"training\.augment is true, but data\.source"):
+        make_augmentation("listops", config, dataset(other))

@@ -1,0 +1,68 @@
+"""Training from dense to sparse on tasks other than ListOps, tiny."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_retrieval import write
+from tests.training.launching import TINY, digest, drive, losses, rows, summary
+
+pytestmark = pytest.mark.ranks
+
+
+def recipe(folder: Path, task: str, data: str) -> str:
+    """Write the tiny recipe for another task and return its path."""
+    kept = [line for line in TINY.read_text().splitlines() if line[:5] not in ("task:", "data:")]
+    path = folder / f"{task}.yaml"
+    path.write_text("\n".join([f"task: {task}", f"data: {{{data}}}", *kept]))
+    return str(path)
+
+
+def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
+    write(tmp_path / "aan", rows=24)
+    pairs = recipe(
+        tmp_path, "retrieval", f"source: {tmp_path / 'aan'}, max_length: 60, sequence_length: 64"
+    )
+    pixels = recipe(
+        tmp_path,
+        "pathfinder32",
+        "image_size: 12, seed_distance: 2, contour_length: 2, distractors: 0, train: 64, "
+        "validation: 22, test: 22",
+    )
+    everything = {
+        "overrides": [
+            "model.positions=rotary",
+            "model.masked_token_loss=0.5",
+            "training.pretrain_steps=4",
+            "training.augment=true",
+        ]
+    }
+    one = [
+        {"recipe": pairs, "run_name": "pairs"},
+        {"recipe": pixels, "run_name": "pixels", "attention": "bigbird"},
+        {**everything, "run_name": "open", "stage": 3},
+    ]
+    two = [
+        {"recipe": pairs, "run_name": "pairs-2"},
+        {**everything, "run_name": "open-2", "stage": 2},
+    ]
+    drive("python", 1, one, tmp_path)
+    drive("torchrun", 2, two, tmp_path)
+    runs = tmp_path / "runs"
+    for name in ("pairs", "open"):
+        assert digest(runs / name) == digest(runs / f"{name}-2")
+        for step, loss in losses(runs / name).items():
+            # Sums of another order, in fp32.
+            assert losses(runs / f"{name}-2")[step] == pytest.approx(loss, rel=1e-4)
+    # An untrained model guesses among 17 tokens: ln 17 = 2.8, give or take its random weights.
+    assert rows(runs / "open", "train")[0]["masked_token_loss"] == pytest.approx(2.8, abs=0.5)
+    found = summary(runs / "pairs")
+    assert found["phase"] == "sparse"
+    assert set(found["baselines"]) == {"majority class"}
+    # Both documents of 8 pairs a step count.
+    row = rows(runs / "pairs", "train")[-1]
+    assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(8 * 2 * 64)
+    assert summary(runs / "pixels")["dense"]["steps"] == 0
+    assert (runs / "pixels" / "config.yaml").read_text().startswith("recipe: pathfinder32-bigbird")
