@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from spion_ds.data import listops
 from spion_ds.data.cache import Dataset, Split
 from spion_ds.errors import ConfigError, unknown_name
@@ -27,6 +29,8 @@ class Task:
         check_source: ``(config)`` raises DataError if files of the user's are missing, truncated
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
+        encode: ``(text)`` returns the token ids of one input; raises DataError. None: inputs come
+            as token ids alone.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Task:
     prepare: Callable[..., Dataset]
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
+    encode: Callable[[str], np.ndarray] | None = None
 
 
 TASKS: dict[str, Task] = {
@@ -49,6 +54,7 @@ TASKS: dict[str, Task] = {
         prepare=listops.prepare,
         check_source=listops.check_source,
         baselines=listops.trivial_baselines,
+        encode=listops.encode,
     ),
 }
 

@@ -15,6 +15,7 @@ from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.data import Dataset
 from spion_ds.errors import SpionError
+from spion_ds.models import set_masks, static_mask
 from spion_ds.sparsity import SpionSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
@@ -32,7 +33,7 @@ from spion_ds.training.checkpoint_files import (
 from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
 from spion_ds.training.deepspeed_config import with_universal_checkpoint
-from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
+from spion_ds.training.evaluation import build_model, evaluate
 from spion_ds.training.optimizer_hooks import clip_by_value, step_unless
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
