@@ -110,6 +110,9 @@ def _fill_precision(config: dict[str, Any], precision: str, device_type: str) ->
             )
         if isinstance(block, dict) and (block or enabled[name]):
             config[name] = {**block, "enabled": enabled[name]}
+    if enabled["bf16"] and isinstance(config.get("bf16"), dict):
+        # What is not finite StepGuard finds, without making the host wait for the device.
+        config["bf16"].setdefault("check_grad_overflow", False)
     if all(enabled.values()):
         raise ConfigError("bf16 and fp16 are both enabled; allowed: one of them")
     if enabled["fp16"] and device_type == "cpu":

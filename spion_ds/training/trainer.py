@@ -18,7 +18,7 @@ from spion_ds.errors import SpionError
 from spion_ds.models import set_masks, static_mask
 from spion_ds.sparsity import SpionSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
-from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
+from spion_ds.training.batches import BatchOrder, BatchReader, micro_batch_positions
 from spion_ds.training.checkpoint import (
     TrainingState,
     load_state,
@@ -32,12 +32,12 @@ from spion_ds.training.checkpoint_files import (
 )
 from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
-from spion_ds.training.deepspeed_config import with_universal_checkpoint
+from spion_ds.training.deepspeed_config import with_universal_checkpoint, zero_stage
 from spion_ds.training.evaluation import build_model, evaluate
-from spion_ds.training.optimizer_hooks import clip_by_value, step_unless
+from spion_ds.training.optimizer_hooks import clip_by_value, step_unless, step_without_waiting
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
-from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
+from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
 from spion_ds.training.watch import Watch
@@ -92,14 +92,19 @@ class Trainer:
             config=deepspeed_config,
         )
         self._skipping = False
+        stage = zero_stage(config.resolved)
+        if stage == 0 and ranks.world_size == 1:
+            self.engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
         clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
         step_unless(self.engine.basic_optimizer, lambda: self._skipping)
+        step_without_waiting(self.engine)
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
             self.device,
             at_once=skips or self.device.type == "cpu",
             gradients=config.training.precision != "fp16",
+            whole=stage == 0,
         )
 
         self.accelerated = AcceleratedForward(
@@ -125,6 +130,18 @@ class Trainer:
             agreement,
         )
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
+        self.reader = BatchReader(
+            dataset.train,
+            self.order,
+            lambda micro_step: micro_batch_positions(
+                micro_step, config.batches.micro, ranks.rank, ranks.world_size
+            ),
+            config.batches.accumulation,
+            lambda step, places: sample_keys(
+                config.training.seed, step, torch.from_numpy(places), self.model.dropout_places
+            ),
+            self.device,
+        )
         self.timer = StepTimer(self.device)
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
@@ -158,11 +175,15 @@ class Trainer:
             evaluates = state.step % training.evaluate_every == 0 or state.step == training.steps
             switched = phase != state.phase
             logs = state.step % training.log_every == 0
+            due = state.step % training.checkpoint_every == 0
+            if due:
+                self._obey(self.guard.reports())
             if logs or evaluates or switched or ends or self._stopping:
                 self._obey(self.guard.reports())
                 self._log_row(phase)
+            if switched:
+                reset_peak_memory(self.device)  # each phase has a peak of its own
             best = evaluates and self._evaluate()
-            due = state.step % training.checkpoint_every == 0
             if best or due or ends or self._stopping:
                 self._save(best)
         if self._stopping:
@@ -183,19 +204,12 @@ class Trainer:
         self._rate = config.schedule.at(state.step, state.switch_step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
-        samples = self.order.samples(state.step)
         counted = torch.zeros_like(self._sums)
         for micro_step in range(config.batches.accumulation):
-            positions = micro_batch_positions(
-                micro_step, config.batches.micro, self.ranks.rank, self.ranks.world_size
-            )
-            batch = read_batch(self.dataset.train, samples[positions], self.device)
-            keys = sample_keys(
-                state.seed, state.step, torch.from_numpy(positions), self.model.dropout_places
-            )
+            batch, keys = self.reader.read(state.step, micro_step)
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (batch.input_ids, batch.padding_mask, keys.to(self.device, non_blocking=True))
+            inputs = (batch.input_ids, batch.padding_mask, keys)
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
