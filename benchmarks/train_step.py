@@ -1,0 +1,380 @@
+"""Whole training steps: the trainer against a plain PyTorch loop of the same model.
+
+    python benchmarks/train_step.py --recipes listops --out benchmarks/results/DATE-DEVICE-step.md
+    python benchmarks/train_step.py --small          # seconds on a CPU
+
+First the losses of both must be equal in fp32 without dropout; then steps are timed as the recipe
+has them. The plain loop is AdamW, autocast and scaled_dot_product_attention, its batches on the
+device beforehand. Random tokens: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from layouts import spion_like_mask
+from timing import machine_lines
+from torch import Tensor, nn
+
+from spion_ds.data import Dataset, Split, get_task
+from spion_ds.models import set_masks
+from spion_ds.training.batches import Batch, BatchOrder, read_batch
+from spion_ds.training.config import RunConfig, build_run_config, read_recipe
+from spion_ds.training.evaluation import build_model
+from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
+from spion_ds.training.run_log import peak_memory_bytes, read_rows, reset_peak_memory
+from spion_ds.training.stopping import StopRequest
+from spion_ds.training.trainer import Trainer
+from spion_ds.training.watch import Watch
+
+# Relative difference of the fp32 losses of each of the first steps: other kernels add in another
+# order, and AdamW's first steps are as long as the learning rate whatever the gradient's size.
+TOLERANCE = 1e-3
+GATE_STEPS = 5
+NEVER = 10**6
+HEADER = "| recipe | B, L | loop | attention | steps | ms/step | tokens/s | × plain | peak MiB |"
+SMALL = [
+    "data.sequence_length=256",
+    "data.max_length=200",
+    "data.min_length=20",
+    "training.batch_size=8",
+    "sparse_attention.block=32",
+]
+
+
+class PlainEncoder(nn.Module):
+    """The published encoder as one would write it; takes EncoderClassifier's state dict."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        model, task = config.model, get_task(config.task)
+        dim, inner = model.dim, model.heads * model.head_dim
+        self.config = model
+        self.token_embedding = nn.Embedding(task.vocab_size, dim)
+        self.position_embedding = nn.Embedding(config.data.sequence_length, dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "attention_norm": nn.LayerNorm(dim),
+                    "qkv": nn.Linear(dim, 3 * inner),
+                    "projection": nn.Linear(inner, dim),
+                    "ffn_norm": nn.LayerNorm(dim),
+                    "ffn_in": nn.Linear(dim, model.ffn_dim),
+                    "ffn_out": nn.Linear(model.ffn_dim, dim),
+                }
+            )
+            for _ in range(model.layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        hidden = model.classifier_dim
+        self.classifier = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, task.num_classes)
+        )
+
+    def forward(self, input_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """Return logits (B, classes)."""
+        config = self.config
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = F.dropout(x, config.dropout, self.training)
+        p = config.attention_dropout if self.training else 0.0
+        for layer in self.layers:
+            qkv = layer["qkv"](layer["attention_norm"](x)).unflatten(-1, (3, config.heads, -1))
+            q, k, v = (y.transpose(1, 2) for y in qkv.unbind(dim=2))
+            out = F.scaled_dot_product_attention(q, k, v, padding_mask[:, None, None, :], p)
+            out = layer["projection"](out.transpose(1, 2).flatten(2))
+            x = x + F.dropout(out, config.dropout, self.training)
+            hidden = F.gelu(layer["ffn_in"](layer["ffn_norm"](x)))
+            hidden = F.dropout(hidden, config.dropout, self.training)
+            x = x + F.dropout(layer["ffn_out"](hidden), config.dropout, self.training)
+        weight = padding_mask[..., None].to(x.dtype)
+        pooled = (self.norm(x) * weight).sum(dim=1) / weight.sum(dim=1)
+        return self.classifier(pooled)
+
+
+class PlainLoop:
+    """Trains a PlainEncoder from the run's own initial weights, schedule and batches."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.model = PlainEncoder(config).to(device)
+        try:
+            self.model.load_state_dict(build_model(config).state_dict())
+        except RuntimeError as error:
+            raise SystemExit(f"{config.recipe} is not the published encoder: {error}") from None
+        self.forward = torch.compile(self.model) if config.training.compile else self.model
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
+        epoch = range(len(dataset.train) // config.batches.total)
+        self.batches: list[Batch] = [
+            read_batch(dataset.train, order.samples(step), device) for step in epoch
+        ]
+        self.steps = 0
+
+    def step(self) -> Tensor:
+        """Take a step and return its loss, on the device."""
+        batch = self.batches[self.steps % len(self.batches)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.schedule.at(self.steps, None)
+        bf16 = self.config.training.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.forward(batch.input_ids, batch.padding_mask)
+        loss = F.cross_entropy(logits.float(), batch.labels)
+        loss.backward()
+        if self.config.optimizer.clip_value is not None:
+            nn.utils.clip_grad_value_(self.model.parameters(), self.config.optimizer.clip_value)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a row of the table needs: where to train, for how long, at which density."""
+
+    ranks: Ranks
+    agreement: Agreement
+    density: float
+    steps: int
+    rounds: int
+
+    def configure(self, recipe: str, small: bool, *overrides: str) -> RunConfig:
+        """Return a recipe's configuration that only trains."""
+        words = [*(SMALL if small else [])]
+        words += [f"training.{name}_every={NEVER}" for name in ("log", "evaluate", "checkpoint")]
+        words += [f"training.steps={NEVER}", *overrides]
+        device = self.ranks.device.type
+        return build_run_config(read_recipe(recipe), None, words, world_size=1, device_type=device)
+
+
+def draw(config: RunConfig) -> Dataset:
+    """Return random tokens of half to full length, as a task's dataset."""
+    task, length = get_task(config.task), config.data.sequence_length
+    generator = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        lengths = generator.integers(length // 2, length, count, endpoint=True, dtype=np.int32)
+        ids = generator.integers(0, min(task.vocab_size, 256), (count, length), dtype=np.uint8)
+        ids[np.arange(length) >= lengths[:, None]] = task.pad_id
+        labels = generator.integers(0, task.num_classes, count).astype(np.uint8)
+        return Split(ids, lengths, labels)
+
+    return Dataset(split(4096), split(8), split(8), Path(), {})
+
+
+def gate(bench: Bench, recipe: str, small: bool) -> float:
+    """Return the largest relative difference of the losses of trainer and plain loop in fp32.
+
+    Raises:
+        SystemExit: it is above the tolerance, so comparing their speed would mean nothing.
+    """
+    config = bench.configure(
+        recipe,
+        small,
+        "training.precision=fp32",
+        "model.dropout=0.0",
+        "model.attention_dropout=0.0",
+        "training.log_every=1",
+        "training.batch_size=8",
+        "optimizer.warmup_steps=1",
+    )
+    dataset = draw(config)
+    plain = PlainLoop(config, dataset, bench.ranks.device)
+    theirs = [plain.step().item() for _ in range(GATE_STEPS)]
+    with _running(bench, config, dataset) as (trainer, folder):
+        trainer.train(GATE_STEPS)
+        ours = [row["loss"] for row in _train_rows(folder)]
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    if not worst < TOLERANCE:
+        raise SystemExit(f"{recipe}: the losses differ by {worst:.1e}: {ours} and {theirs}")
+    return worst
+
+
+def time_plain(bench: Bench, config: RunConfig, dataset: Dataset) -> tuple[float, float]:
+    """Return (median seconds a step, peak bytes) of the plain loop."""
+    loop = PlainLoop(config, dataset, bench.ranks.device)
+    reset_peak_memory(bench.ranks.device)
+    times = []
+    for _ in range(1 + bench.rounds):
+        _wait(bench.ranks.device)
+        started = time.perf_counter()
+        for _ in range(bench.steps):
+            loop.step()
+        _wait(bench.ranks.device)
+        times.append((time.perf_counter() - started) / bench.steps)
+    return statistics.median(times[1:]), peak_memory_bytes(bench.ranks.device)
+
+
+def time_trainer(
+    bench: Bench, config: RunConfig, dataset: Dataset, sparse: bool
+) -> tuple[float, float]:
+    """Return (median seconds a step, peak bytes) of the trainer in a phase, by its own clock."""
+    with _running(bench, config, dataset) as (trainer, folder):
+        if sparse:
+            _switch(trainer, config, bench.density)
+        reset_peak_memory(bench.ranks.device)
+        for number in range(1, bench.rounds + 2):
+            trainer.train(number * bench.steps)
+        rows = _train_rows(folder)[1:]
+        memory = max(row["memory_bytes"] for row in rows)
+        return statistics.median(row["step_seconds"] for row in rows), memory
+
+
+def _switch(trainer: Trainer, config: RunConfig, density: float) -> None:
+    """Put a trainer into its sparse phase with the pattern of one layer for all."""
+    blocks = -(-config.data.sequence_length // config.sparse_attention.block)
+    masks = [spion_like_mask(blocks, density)] * config.model.layers
+    set_masks(trainer.model, masks)
+    trainer.state.masks, trainer.state.switch_step = masks, 0
+    for attention in trainer.model.attentions:
+        attention.layout(config.data.sequence_length, trainer.device)
+
+
+@contextmanager
+def _running(bench: Bench, config: RunConfig, dataset: Dataset) -> Iterator[tuple[Trainer, Path]]:
+    """Yield a trainer and its folder, which is removed afterwards."""
+    timeout = config.training.rank_timeout_seconds
+    with (
+        tempfile.TemporaryDirectory() as name,
+        StopRequest() as request,
+        Watch(bench.ranks, bench.agreement, timeout) as watch,
+    ):
+        trainer = Trainer(
+            config, dataset, bench.ranks, bench.agreement, watch, request, Path(name), None
+        )
+        try:
+            yield trainer, Path(name)
+        finally:
+            trainer.log.close()
+    del trainer
+    gc.collect()
+
+
+def _train_rows(folder: Path) -> list[dict]:
+    return [row for row in read_rows(folder) if row["kind"] == "train"]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(bench: Bench, recipe: str, small: bool, overrides: Sequence[str]) -> list[str]:
+    """Return the table's lines for a recipe."""
+    on_gpu = bench.ranks.device.type == "cuda"
+    error = gate(bench, recipe, small)
+    print(f"{recipe}: fp32 losses of {GATE_STEPS} steps differ by {error:.1e} at most", flush=True)
+    lines: list[str] = []
+    plain_seconds = None
+    for loop, attention, steps, words in _cases(on_gpu):
+        config = bench.configure(recipe, small, *overrides, *words)
+        dataset = draw(config)
+        if loop == "plain":
+            seconds, memory = time_plain(bench, config, dataset)
+            plain_seconds = seconds if plain_seconds is None else min(seconds, plain_seconds)
+        else:
+            seconds, memory = time_trainer(bench, config, dataset, attention != "dense")
+        tokens = config.batches.total * config.data.sequence_length
+        cells = [
+            recipe,
+            f"{config.batches.total}, {config.data.sequence_length}",
+            loop,
+            attention if attention == "dense" else f"sparse, {bench.density:.1%}",
+            steps,
+            f"{1e3 * seconds:.2f}",
+            f"{tokens / seconds:,.0f}",
+            f"{(plain_seconds or seconds) / seconds:.2f}",
+            f"{memory / 2**20:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    return lines
+
+
+def _cases(on_gpu: bool) -> list[tuple[str, str, str, list[str]]]:
+    """Return (loop, attention, kind of steps, overrides); the plain ones first."""
+    compiled, replayed = "training.compile=true", "training.cuda_graph=true"
+    cases = [("plain", "dense", "eager", [])]
+    if on_gpu:
+        cases.append(("plain", "dense", "compiled", [compiled]))
+    for attention in ("dense", "sparse"):
+        cases.append(("trainer", attention, "eager", []))
+        if on_gpu:
+            cases.append(("trainer", attention, "compiled", [compiled]))
+    if on_gpu:
+        cases.append(("trainer", "sparse", "replayed", [replayed]))
+        cases.append(("trainer", "sparse", "compiled, replayed", [compiled, replayed]))
+    return cases
+
+
+def main() -> None:
+    """Check, time, print the table, and write it as a page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", default=["listops"])
+    parser.add_argument("--density", type=float, default=0.045, help="of the sparse phase")
+    parser.add_argument("--steps", type=int, default=20, help="of a round (default 20)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed, after one that warms up")
+    parser.add_argument("--small", action="store_true", help="listops_small, cut down, in fp32")
+    parser.add_argument("--out", type=Path, help="Markdown page to write")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    ranks = discover_ranks()
+    join(ranks)
+    bench = Bench(ranks, Agreement(), arguments.density, arguments.steps, arguments.rounds)
+    recipes = ["listops_small"] if arguments.small else arguments.recipes
+    precision = "fp32" if arguments.small else "bf16"
+    overrides = [f"training.precision={precision}", *arguments.overrides]
+    lines = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
+    for recipe in recipes:
+        lines += measure(bench, recipe, arguments.small, overrides)
+    if arguments.out is not None:
+        arguments.out.write_text(page(lines, arguments.rounds, arguments.steps), encoding="utf-8")
+    leave()
+
+
+def page(lines: list[str], rounds: int, steps: int) -> str:
+    """Return the page: what, where, how, table."""
+    return "\n".join(
+        [
+            "# Whole training steps",
+            "",
+            *machine_lines(),
+            f"Medians of {rounds} rounds of {steps} steps, after a round that warms up: forward, "
+            "backward and optimizer, as the recipe has them, without checks and evaluations. The "
+            "plain loop is PyTorch with AdamW (fused), autocast and scaled_dot_product_attention, "
+            "its batches on the device beforehand; it first had the trainer's losses, in fp32 "
+            f"without dropout, to a relative {TOLERANCE:g} in each of {GATE_STEPS} steps. × plain "
+            "compares with the faster plain loop. Tokens are sequence positions, padding "
+            "included.",
+            "",
+            *lines,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
