@@ -162,7 +162,8 @@ class Bench:
         """Return a recipe's configuration that only trains."""
         words = [*(SMALL if small else [])]
         words += [f"training.{name}_every={NEVER}" for name in ("log", "evaluate", "checkpoint")]
-        words += [f"training.steps={NEVER}", *overrides]
+        words += [f"training.steps={NEVER}", f"transition.check_every={NEVER}"]
+        words += ["transition.max_dense_steps=null", *overrides]
         device = self.ranks.device.type
         return build_run_config(read_recipe(recipe), None, words, world_size=1, device_type=device)
 

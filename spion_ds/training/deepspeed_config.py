@@ -166,6 +166,9 @@ def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, device_t
     # optimizer in RAM DeepSpeed's vectorised one is worth it.
     if not _offloads(config, "optimizer"):
         params.setdefault("torch_adam", True)
+        # ZeRO's flat partitions are few tensors; whole parameters are many, and one kernel serves.
+        if params["torch_adam"] and device_type == "cuda" and zero_stage(config) == 0:
+            params.setdefault("fused", True)
     elif device_type == "cpu":
         params.setdefault("torch_adam", True)
         config.setdefault("zero_force_ds_cpu_optimizer", not params["torch_adam"])
