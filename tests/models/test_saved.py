@@ -23,6 +23,8 @@ from spion_ds.models import (
 )
 from spion_ds.sparsity import read_sparse_attention
 
+pytest.importorskip("safetensors")
+
 LENGTH, BLOCK = 70, 16  # a last block that is not full
 SPION = {"mode": "spion", "block": BLOCK}
 FIXED = {"mode": "fixed", "block": BLOCK, "num_local_blocks": 2, "different_layout_per_head": True}

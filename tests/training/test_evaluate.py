@@ -66,6 +66,7 @@ def test_an_exported_model_predicts_what_its_checkpoint_does(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    pytest.importorskip("safetensors")
     run, model, inputs = trained / "runs" / "r", tmp_path / "model", tmp_path / "inputs"
     inputs.write_text("[MAX 2 [MIN 7 3 ] ]\n\n11 3 4 15\n5\n")
     run_evaluate(EvaluateOptions(run, export=model))
