@@ -44,10 +44,14 @@ def sparse_model() -> EncoderClassifier:
     return model
 
 
+def inputs() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(1, 17, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    return ids, torch.arange(LENGTH) < torch.tensor([[70], [33], [1]])
+
+
 @torch.no_grad()
 def logits(model: EncoderClassifier) -> Tensor:
-    ids = torch.randint(1, 17, (3, LENGTH), generator=torch.Generator().manual_seed(1))
-    return model(ids, torch.arange(LENGTH) < torch.tensor([[70], [33], [1]]))
+    return model(*inputs())
 
 
 @pytest.mark.parametrize("kind", ["sparse", "dense", "one layout a head"])
@@ -71,6 +75,20 @@ def test_it_runs_in_bf16(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(half).float(), logits(model), atol=0.05, rtol=0.05)
     save_model(half, tmp_path / "bf16")
     assert torch.equal(logits(load_model(tmp_path / "bf16")), logits(half))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_it_runs_on_a_gpu_as_on_a_cpu(tmp_path: Path) -> None:
+    model = sparse_model()
+    save_model(model, tmp_path / "model")
+    ids, padding_mask = inputs()
+    # Other kernels: float32 rounding through two layers; bf16 as in the test above.
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        loaded = load_model(tmp_path / "model", device="cuda", dtype=dtype)
+        with torch.no_grad():
+            out = loaded(ids.cuda(), padding_mask.cuda()).float().cpu()
+        torch.testing.assert_close(out, logits(model), atol=bound, rtol=bound)
 
 
 def test_loading_needs_no_deepspeed(tmp_path: Path) -> None:
