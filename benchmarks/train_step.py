@@ -348,16 +348,14 @@ def measure(bench: Bench, recipe: str, small: bool, overrides: Sequence[str]) ->
 def _cases(on_gpu: bool) -> list[tuple[str, str, str, list[str]]]:
     """Return (loop, attention, kind of steps, overrides); the plain ones first."""
     compiled, replayed = "training.compile=true", "training.cuda_graph=true"
-    cases = [("plain", "dense", "eager", [])]
+    kinds: dict[str, list[str]] = {"eager": []}
     if on_gpu:
-        cases.append(("plain", "dense", "compiled", [compiled]))
+        kinds |= {"compiled": [compiled], "replayed": [replayed]}
+        kinds |= {"compiled, replayed": [compiled, replayed]}
+    plain = [name for name in kinds if "replayed" not in name]
+    cases = [("plain", "dense", name, kinds[name]) for name in plain]
     for attention in ("dense", "sparse"):
-        cases.append(("trainer", attention, "eager", []))
-        if on_gpu:
-            cases.append(("trainer", attention, "compiled", [compiled]))
-    if on_gpu:
-        cases.append(("trainer", "sparse", "replayed", [replayed]))
-        cases.append(("trainer", "sparse", "compiled, replayed", [compiled, replayed]))
+        cases += [("trainer", attention, name, words) for name, words in kinds.items()]
     return cases
 
 

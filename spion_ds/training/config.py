@@ -142,8 +142,8 @@ class TrainingConfig:
             ``"skip"`` leaves out the optimizer step.
         rank_timeout_seconds: how long a rank may be silent or not move before all end.
         compile: whether TorchInductor compiles the training steps (ZeRO 0 to 2).
-        cuda_graph: whether the sparse phase's steps are replayed from a CUDA graph (GPU, ZeRO 0
-            to 2, one micro-batch a step).
+        cuda_graph: whether each phase's steps are replayed from a CUDA graph (GPU, ZeRO 0 to 2,
+            one micro-batch a step).
     """
 
     steps: int = 1000
