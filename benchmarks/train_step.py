@@ -180,7 +180,7 @@ def draw(config: RunConfig) -> Dataset:
     def split(count: int) -> Split:
         lengths = generator.integers(length // 2, length, count, endpoint=True, dtype=np.int32)
         ids = generator.integers(0, min(task.vocab_size, 256), (count, length), dtype=np.uint8)
-        ids[np.arange(length) >= lengths[:, None]] = task.pad_id
+        ids[np.arange(length) >= lengths[:, None]] = 0  # padding
         labels = generator.integers(0, task.num_classes, count).astype(np.uint8)
         return Split(ids, lengths, labels)
 

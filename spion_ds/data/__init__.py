@@ -29,6 +29,7 @@ class Task:
         check_source: ``(config)`` raises DataError if files of the user's are missing, truncated
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
+        documents: sequences of a sample, 1 or 2.
         encode: ``(text)`` returns the token ids of one input; raises DataError. None: inputs come
             as token ids alone.
     """
@@ -41,6 +42,7 @@ class Task:
     prepare: Callable[..., Dataset]
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
+    documents: int = 1
     encode: Callable[[str], np.ndarray] | None = None
 
 

@@ -16,10 +16,15 @@ _IDS = re.compile(r"[\d\s,]+")
 
 @dataclass(frozen=True)
 class Sample:
-    """One input: its line, from 1, and its token ids (tokens,) int64, without padding."""
+    """One input.
+
+    Attributes:
+        line: its number, from 1.
+        documents: the token ids (tokens,) int64 of each document, without padding.
+    """
 
     line: int
-    input_ids: np.ndarray
+    documents: tuple[np.ndarray, ...]
 
 
 def read_samples(
@@ -28,7 +33,7 @@ def read_samples(
     """Yield the input of each line; blank lines are passed over.
 
     A line of whole numbers, with spaces or commas between them, is token ids; any other is text
-    in the task's own notation.
+    in the task's own notation. Where a sample is two documents, a tab stands between them.
 
     Args:
         lines: the text.
@@ -43,23 +48,31 @@ def read_samples(
         if not line.strip():
             continue
         try:
-            ids = _read(line, task)
+            parts = line.split("\t", 1) if task.documents == 2 else [line]
+            if len(parts) < task.documents:
+                raise DataError("one document; allowed: two, with a tab between them")
+            sample = Sample(number, tuple(_read(part, task, sequence_length) for part in parts))
         except DataError as error:
             raise DataError(f"{name}, line {number}: {error}") from None
-        if len(ids) > sequence_length:
-            raise DataError(
-                f"{name}, line {number}: {len(ids)} tokens; allowed: up to {sequence_length}, "
-                "what the model was trained with"
-            )
-        yield Sample(number, ids)
+        yield sample
 
 
-def _read(line: str, task: Task) -> np.ndarray:
+def _read(text: str, task: Task, sequence_length: int) -> np.ndarray:
+    """Return the token ids (tokens,) int64 of one document."""
+    ids = _encode(text, task)
+    if not len(ids):
+        raise DataError("there is nothing in it")
+    if len(ids) > sequence_length:
+        raise DataError(
+            f"{len(ids)} tokens; allowed: up to {sequence_length}, what the model was trained with"
+        )
+    return ids
+
+
+def _encode(line: str, task: Task) -> np.ndarray:
     if _IDS.fullmatch(line):
         numbers = [int(word) for word in re.split(r"[\s,]+", line) if word]
-        if not numbers:
-            raise DataError("no token ids between the commas")
-        if max(numbers) >= task.vocab_size:
+        if max(numbers, default=0) >= task.vocab_size:
             raise DataError(
                 f"token id {max(numbers)} is not in the vocabulary of {task.name}; allowed: 0 to "
                 f"{task.vocab_size - 1}"

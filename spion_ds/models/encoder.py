@@ -112,7 +112,12 @@ class EncoderClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.sparse_attention = config, sparse_attention
-        self.vocab_size, self.num_classes, self.max_length = vocab_size, num_classes, max_length
+        # The other arguments: what a saved model is built from again.
+        self.sizes = {
+            "vocab_size": vocab_size,
+            "num_classes": num_classes,
+            "max_length": max_length,
+        }
         self.token_embedding = nn.Embedding(vocab_size, config.dim)
         self.position_embedding = nn.Embedding(max_length, config.dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -31,7 +31,7 @@ def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
 
 def get_masks(model: EncoderClassifier) -> list[Tensor] | None:
     """Return each layer's (n, n) or (heads, n, n) bool mask at full length, None if all is kept."""
-    length = model.max_length
+    length = model.sizes["max_length"]
     masks = [static_mask(attention.sparsity_config, length) for attention in model.attentions]
     return None if all(bool(mask.all()) for mask in masks) else masks
 

@@ -65,9 +65,7 @@ def save_model(
         "data": None if data is None else dict(data),
         "model": dataclasses.asdict(model.config),
         "sparse_attention": model.sparse_attention.to_mapping(),
-        "vocab_size": model.vocab_size,
-        "num_classes": model.num_classes,
-        "max_length": model.max_length,
+        "sizes": model.sizes,
         "mask_shape": None if masks is None else list(masks[0].shape),
         "trained": None if trained is None else dict(trained),
     }
@@ -95,9 +93,7 @@ def load_model(
         model = EncoderClassifier(
             read_dataclass(ModelConfig, config["model"], "model"),
             read_sparse_attention(config["sparse_attention"]),
-            config["vocab_size"],
-            config["num_classes"],
-            config["max_length"],
+            **config["sizes"],
         )
         model.load_state_dict(tensors)
         set_masks(model, _unpack(packed, config["mask_shape"], len(model.layers)))

@@ -73,10 +73,11 @@ def read_batch(split: Split, indices: np.ndarray, device: torch.device) -> Batch
 
 
 class BatchReader:
-    """The training micro-batches of one rank; on a GPU each is read while the one before it runs.
+    """The training micro-batches of one rank, read ahead where there is a GPU.
 
-    A thread gathers the samples and makes the dropout keys, in pinned memory. The copies stay in
-    the stream that computes: they are short, and need no other synchronisation there.
+    A thread then gathers the samples and makes the dropout keys, in pinned memory, while the
+    micro-batch before them runs. The copies stay in the stream that computes: they are short, and
+    need no other synchronisation there.
 
     Args:
         split: the training split.
@@ -99,7 +100,10 @@ class BatchReader:
         self.split, self.order, self.places = split, order, places
         self.accumulation, self.keys, self.device = accumulation, keys, device
         # On a CPU a thread would only take cores from the step.
-        self._pool = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            # A new thread starts on GPU 0, whichever is this rank's.
+            self._pool = ThreadPoolExecutor(1, "reader", torch.cuda.set_device, (device,))
         self._ahead: tuple[int, int, Future[list[Tensor]]] | None = None
 
     def read(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
@@ -109,12 +113,19 @@ class BatchReader:
             tensors = ahead[2].result()
         else:
             tensors = self._read(step, micro_step)
+        self._ahead = None
+        *batch, keys = (x.to(self.device, non_blocking=True) for x in tensors)
+        return _widen(*batch), keys
+
+    def read_ahead(self, step: int, micro_step: int) -> None:
+        """Start to read what follows this micro-batch; call it when its work is on its way.
+
+        Not earlier: memory must not be pinned while a CUDA graph is captured.
+        """
         if self._pool is not None:
             last = micro_step == self.accumulation - 1
             following = (step + 1, 0) if last else (step, micro_step + 1)
             self._ahead = (*following, self._pool.submit(self._read, *following))
-        *batch, keys = (x.to(self.device, non_blocking=True) for x in tensors)
-        return _widen(*batch), keys
 
     def _read(self, step: int, micro_step: int) -> list[Tensor]:
         places = self.places(micro_step)
@@ -125,8 +136,10 @@ class BatchReader:
 
 
 def _gather(split: Split, indices: np.ndarray, device: torch.device) -> list[Tensor]:
-    """Return ids as they are stored (one byte each), lengths and labels, ready to travel."""
-    ids = torch.from_numpy(np.ascontiguousarray(split.input_ids[indices]))
+    """Return ids as they are stored (a byte or two each), lengths and labels, ready to travel."""
+    stored = np.ascontiguousarray(split.input_ids[indices])
+    # PyTorch does little with uint16; ids are far below 2^15.
+    ids = torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
     lengths = torch.from_numpy(np.ascontiguousarray(split.lengths[indices]).astype(np.int64))
     labels = torch.from_numpy(np.ascontiguousarray(split.labels[indices]).astype(np.int64))
     tensors = [ids, lengths, labels]
@@ -135,5 +148,5 @@ def _gather(split: Split, indices: np.ndarray, device: torch.device) -> list[Ten
 
 
 def _widen(ids: Tensor, lengths: Tensor, labels: Tensor) -> Batch:
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    return Batch(ids.long(), positions < lengths[:, None], labels)
+    positions = torch.arange(ids.shape[-1], device=ids.device)
+    return Batch(ids.long(), positions < lengths[..., None], labels)

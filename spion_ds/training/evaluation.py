@@ -78,7 +78,7 @@ def evaluate(
         dist.all_reduce(totals)
     correct, loss, samples = totals.tolist()
     seconds = time.perf_counter() - started
-    tokens = len(split) * split.input_ids.shape[1]
+    tokens = split.input_ids.size
     return Evaluation(
         correct / samples,
         loss / samples,

@@ -173,17 +173,12 @@ def export_checkpoint(place: str | Path, folder: str | Path) -> None:
 
 def dense_copy(model: EncoderClassifier) -> EncoderClassifier:
     """Return a model with the same weights, in evaluation mode, whose attention is dense."""
+    block = {"mode": "dense", "block": model.sparse_attention.block}
+    copy = EncoderClassifier(model.config, read_sparse_attention(block), **model.sizes)
+    weights = model.state_dict()
+    copy.load_state_dict({name: weights[name] for name in copy.state_dict()})
     parameter = next(model.parameters())
-    with torch.device(parameter.device):
-        copy = EncoderClassifier(
-            model.config,
-            read_sparse_attention({"mode": "dense", "block": model.sparse_attention.block}),
-            model.vocab_size,
-            model.num_classes,
-            model.max_length,
-        )
-    copy.load_state_dict(model.state_dict())
-    return copy.to(parameter.dtype).eval()
+    return copy.to(parameter.device, parameter.dtype).eval()
 
 
 def run_evaluate(options: EvaluateOptions) -> None:
@@ -303,7 +298,7 @@ def _memory_name(device: torch.device) -> str:
 
 def _predict_all(trained: TrainedModel, source: str, batch_size: int) -> None:
     """Print a JSON line for each line of ``source``: its line, label and probabilities."""
-    task, length = get_task(trained.task), trained.model.max_length
+    task, length = get_task(trained.task), trained.model.sizes["max_length"]
     name = "standard input" if source == STDIN else source
     if source != STDIN:
         # Find a bad line before the first prediction; what comes through a pipe cannot be.
@@ -325,13 +320,16 @@ def predict(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
     """Return the probabilities (samples, classes) float32 of a batch of inputs."""
     model = trained.model
     device = next(model.parameters()).device
-    length = model.max_length
-    pad_id = get_task(trained.task).pad_id
-    ids = torch.full((len(samples), length), pad_id, dtype=torch.int64)
+    documents, length = len(samples[0].documents), model.sizes["max_length"]
+    ids = torch.zeros(len(samples), documents, length, dtype=torch.int64)
+    lengths = torch.zeros(len(samples), documents, 1, dtype=torch.int64)
     for row, sample in enumerate(samples):
-        ids[row, : len(sample.input_ids)] = torch.from_numpy(sample.input_ids)
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-    padding_mask = torch.arange(length) < lengths[:, None]
+        for place, document in enumerate(sample.documents):
+            ids[row, place, : len(document)] = torch.from_numpy(document)
+            lengths[row, place] = len(document)
+    padding_mask = torch.arange(length) < lengths
+    if documents == 1:
+        ids, padding_mask = ids[:, 0], padding_mask[:, 0]
     logits = model(ids.to(device), padding_mask.to(device)).float()
     return logits.softmax(dim=-1).cpu().numpy()
 

@@ -215,6 +215,7 @@ class Trainer:
                 logits = self.engine(*inputs).float()
             loss = F.cross_entropy(logits, batch.labels)
             self.engine.backward(loss)
+            self.reader.read_ahead(state.step, micro_step)
             self.guard.add_loss(loss)
             _count(counted, loss.detach(), logits.detach(), batch.labels)
             if micro_step == config.batches.accumulation - 1:

@@ -20,7 +20,7 @@ def test_text_and_ids_are_the_same_input() -> None:
     samples = list(read_samples(lines, LISTOPS, 20, "x"))
     assert [sample.line for sample in samples] == [1, 3, 4]
     for sample in samples:
-        assert sample.input_ids.tolist() == [12, 3, 11, 8, 4, 15, 15]
+        assert [ids.tolist() for ids in sample.documents] == [[12, 3, 11, 8, 4, 15, 15]]
 
 
 def test_expressions_may_have_the_official_files_parentheses() -> None:
@@ -36,7 +36,7 @@ def test_expressions_may_have_the_official_files_parentheses() -> None:
         ("2 ] [MAX 1", "ends at token 1 of 4"),
         ("1 2 17", "token id 17 is not in the vocabulary of listops; allowed: 0 to 16"),
         ("-1", "'-1' is no token"),
-        (",", "no token ids"),
+        (",", "there is nothing in it"),
         ("1 " * 21, "21 tokens; allowed: up to 20"),
     ],
 )
@@ -49,3 +49,12 @@ def test_a_task_without_a_text_form_takes_ids() -> None:
     task = dataclasses.replace(LISTOPS, encode=None)
     with pytest.raises(DataError, match="takes whole numbers from 0 to 16"):
         list(read_samples(["[MAX 1 2 ]"], task, 20, "inputs"))
+
+
+def test_two_documents_have_a_tab_between_them() -> None:
+    task = dataclasses.replace(LISTOPS, documents=2)
+    [sample] = read_samples(["1 2\t[SM 1 2 ]"], task, 20, "inputs")
+    assert [ids.tolist() for ids in sample.documents] == [[1, 2], [14, 2, 3, 15]]
+    for line, message in (("1 2", "allowed: two, with a tab"), ("1\t ", "nothing in it")):
+        with pytest.raises(DataError, match=f"^inputs, line 1: .*{message}"):
+            list(read_samples([line], task, 20, "inputs"))

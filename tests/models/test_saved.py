@@ -125,7 +125,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     values = json.loads(text)
     for changed, message in (
         ({"format": 9}, "not of a saved model of format 1"),
-        ({"vocab_size": 5}, "size mismatch"),
+        ({"sizes": {**values["sizes"], "vocab_size": 5}}, "size mismatch"),
         ({"mask_shape": [9, 9]}, "cannot be a packed mask"),
         ({"model": {**values["model"], "width": 3}}, "unknown key 'model.width'"),
     ):

@@ -86,6 +86,7 @@ def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str) -> 
     # The third is out of order, as after a resumption.
     for step, micro_step in ((0, 0), (0, 1), (5, 1), (6, 0), (6, 1)):
         batch, keys = reader.read(step, micro_step)
+        reader.read_ahead(step, micro_step)
         places = micro_batch_positions(micro_step, 2, 0, 1)
         wanted = read_batch(split, order.samples(step)[places], torch.device(device))
         assert torch.equal(batch.input_ids, wanted.input_ids)
