@@ -52,11 +52,14 @@ class BatchOrder:
         return order
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+        # Two threads may ask; each works with what it found or made.
+        found = self._epochs.get(epoch)
+        if found is None:
             generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epochs[epoch] = generator.permutation(self.num_samples)
-        return self._epochs[epoch]
+            found = generator.permutation(self.num_samples)
+            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+            self._epochs[epoch] = found
+        return found
 
 
 def micro_batch_positions(
