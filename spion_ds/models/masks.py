@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spion_ds.errors import CheckpointError
 from spion_ds.models.encoder import EncoderClassifier
-from spion_ds.sparsity import SparsityConfig, SpionSparsityConfig
+from spion_ds.sparsity import SparsityConfig
 
 
 def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
@@ -18,8 +18,10 @@ def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
     """
     for layer, attention in enumerate(model.attentions):
         sparsity = attention.sparsity_config
-        if isinstance(sparsity, SpionSparsityConfig):
-            sparsity.set_pattern(None if masks is None else masks[layer])
+        # Patterns found in training are set; others are what their configuration says.
+        set_pattern = getattr(sparsity, "set_pattern", None)
+        if set_pattern is not None:
+            set_pattern(None if masks is None else masks[layer])
         elif masks is not None:
             length = masks[layer].shape[-1] * sparsity.block
             if not torch.equal(static_mask(sparsity, length), masks[layer]):
