@@ -21,7 +21,8 @@ class AcceleratedForward:
         model: the module that trains, already on its device; its parameters stay as they are.
         compile: whether TorchInductor compiles it; it does so at the first step of each phase.
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
-            replayed from then on. Shapes must then stay the same.
+            replayed from then on. Shapes must then stay the same. A phase in which the model has
+            a loss of its own beside its output (learned patterns) is not captured.
         backend: of torch.compile.
     """
 
@@ -44,7 +45,9 @@ class AcceleratedForward:
             inputs: what the model is about to be called with; the graph is captured with these.
         """
         phase = "sparse" if sparse else "dense"
-        if self.cuda_graph and self._captured != phase:
+        # A replay repeats the output alone, not what else a pass leaves behind.
+        learning = any(pattern.learning for pattern in getattr(self.model, "patterns", ()))
+        if self.cuda_graph and not learning and self._captured != phase:
             self._capture(phase, inputs)
         if self._forward is None:
             yield
