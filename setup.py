@@ -55,6 +55,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.0",
         "pyyaml>=6.0",
+        "safetensors>=0.4",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "ninja>=1.11",

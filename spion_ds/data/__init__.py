@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from spion_ds.data import image, listops, pathfinder, retrieval, text
 from spion_ds.data.baselines import majority_only
 from spion_ds.data.cache import Dataset, Split
@@ -28,6 +30,8 @@ class Task:
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
         documents: sequences of a sample, 1 or 2.
+        encode: ``(text)`` returns the token ids of one input; raises DataError. None: inputs come
+            as token ids alone.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Task:
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
     documents: int = 1
+    encode: Callable[[str], np.ndarray] | None = None
 
 
 def _task(
@@ -56,6 +61,7 @@ def _task(
         check_source=module.check_source,
         baselines=baselines,
         documents=documents,
+        encode=getattr(module, "encode", None),
     )
 
 

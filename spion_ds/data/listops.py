@@ -46,6 +46,7 @@ __all__ = [
     "ListOpsConfig",
     "check_source",
     "depth_baseline",
+    "encode",
     "evaluate",
     "fill_splits",
     "is_readable",
@@ -364,6 +365,29 @@ def _parse_line(line: bytes, where: str, sequence_length: int) -> tuple[np.ndarr
         )
     ids = np.array([_TOKEN_IDS.get(token, UNKNOWN_ID) for token in tokens], np.uint8)
     return ids, int(target)
+
+
+def encode(text: str) -> np.ndarray:
+    """Return the token ids (tokens,) uint8 of one expression, e.g. ``[MAX 2 [MIN 7 3 ] ]``.
+
+    Raises:
+        DataError: it has a token that ListOps does not have, or its brackets do not close.
+    """
+    tokens = text.encode().translate(None, delete=b"()").split()
+    for token in tokens:
+        if token not in _TOKEN_IDS:
+            raise DataError(
+                f"{_shown(token)} is no token of ListOps; allowed: 0 to 9, [MIN, [MAX, [MED, [SM "
+                "and ], with spaces between them"
+            )
+    depth = 0
+    for place, token in enumerate(tokens):
+        depth += token.startswith(b"[") - (token == b"]")
+        if depth < 0 or (depth == 0 and place < len(tokens) - 1):
+            raise DataError(f"the expression ends at token {place + 1} of {len(tokens)}")
+    if depth > 0:
+        raise DataError(f"{depth} bracket(s) do not close")
+    return np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
 
 
 def _shown(line: bytes) -> str:

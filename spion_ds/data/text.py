@@ -93,6 +93,11 @@ def check_source(config: TextConfig) -> None:
         ARCHIVE.in_folder(config.source)
 
 
+def encode(text: str) -> np.ndarray:
+    """Return the token ids (bytes,) uint16 of one text."""
+    return byte_ids(text.encode())
+
+
 def byte_ids(text: bytes) -> np.ndarray:
     """Return (len(text),) uint16 token ids: the byte + 1."""
     return np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(1)

@@ -151,7 +151,15 @@ class EncoderClassifier(nn.Module):
         documents: int = 1,
     ) -> None:
         super().__init__()
-        self.config, self.documents = config, documents
+        self.config, self.sparse_attention = config, sparse_attention
+        self.documents = documents
+        # The other arguments: what a saved model is built from again.
+        self.sizes = {
+            "vocab_size": vocab_size,
+            "num_classes": num_classes,
+            "max_length": max_length,
+            "documents": documents,
+        }
         # A mask is one more token.
         tokens = vocab_size + (config.masked_token_loss > 0.0)
         self.token_embedding = nn.Embedding(tokens, config.dim)

@@ -20,8 +20,9 @@ class AcceleratedForward:
     Args:
         model: the module that trains, already on its device; its parameters stay as they are.
         compile: whether TorchInductor compiles it; it does so at the first step of each phase.
-        cuda_graph: whether the sparse phase is captured at its first step, forward and backward,
-            and replayed from then on. Shapes must then stay the same.
+        cuda_graph: whether each phase is captured at its first step, forward and backward, and
+            replayed from then on. Shapes must then stay the same. A phase in which the model has
+            a loss of its own beside its output (learned patterns) is not captured.
         backend: of torch.compile.
     """
 
@@ -29,10 +30,11 @@ class AcceleratedForward:
         self, model: nn.Module, *, compile: bool, cuda_graph: bool, backend: str = "inductor"
     ) -> None:
         self.model, self.cuda_graph = model, cuda_graph
-        self._forward: Forward | None = None
+        self._compiled: Forward | None = None
         if compile:
-            self._forward = torch.compile(_Own(model), dynamic=False, backend=backend)
-        self._captured = False
+            self._compiled = torch.compile(_Own(model), dynamic=False, backend=backend)
+        self._forward = self._compiled
+        self._captured: str | None = None  # the phase that the graph is of
 
     @contextmanager
     def step(self, sparse: bool, inputs: tuple[Tensor, ...]) -> Iterator[None]:
@@ -42,8 +44,11 @@ class AcceleratedForward:
             sparse: whether the model is in its sparse phase.
             inputs: what the model is about to be called with; the graph is captured with these.
         """
-        if sparse and self.cuda_graph and not self._captured:
-            self._capture(inputs)
+        phase = "sparse" if sparse else "dense"
+        # A replay repeats the output alone, not what else a pass leaves behind.
+        learning = any(pattern.learning for pattern in getattr(self.model, "patterns", ()))
+        if self.cuda_graph and not learning and self._captured != phase:
+            self._capture(phase, inputs)
         if self._forward is None:
             yield
             return
@@ -54,15 +59,17 @@ class AcceleratedForward:
         finally:
             del vars(self.model)["forward"]
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        module = _Own(self.model, self._forward)
+    def _capture(self, phase: str, inputs: tuple[Tensor, ...]) -> None:
+        self._forward = None  # the other phase's graph and its memory
+        module = _Own(self.model, self._compiled)
         torch.cuda.make_graphed_callables(module, inputs)  # replaces module.forward
-        # The graph writes gradients to the same memory at every replay: what a parameter keeps
-        # must be a copy.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(torch.clone)
-        self._forward, self._captured = module, True
+        if self._captured is None:
+            # The graph writes gradients to the same memory at every replay: what a parameter
+            # keeps must be a copy.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(torch.clone)
+        self._forward, self._captured = module, phase
 
 
 class _Own(nn.Module):

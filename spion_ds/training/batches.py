@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +52,14 @@ class BatchOrder:
         return order
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch not in self._epochs:
-            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+        # Two threads may ask; each works with what it found or made.
+        found = self._epochs.get(epoch)
+        if found is None:
             generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epochs[epoch] = generator.permutation(self.num_samples)
-        return self._epochs[epoch]
+            found = generator.permutation(self.num_samples)
+            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+            self._epochs[epoch] = found
+        return found
 
 
 def micro_batch_positions(
@@ -67,14 +72,84 @@ def micro_batch_positions(
 
 def read_batch(split: Split, indices: np.ndarray, device: torch.device) -> Batch:
     """Return the samples at ``indices`` on ``device``."""
+    return _widen(*(x.to(device, non_blocking=True) for x in _gather(split, indices, device)))
+
+
+class BatchReader:
+    """The training micro-batches of one rank, read ahead where there is a GPU.
+
+    A thread then gathers the samples and makes the dropout keys, in pinned memory, while the
+    micro-batch before them runs. The copies stay in the stream that computes: they are short, and
+    need no other synchronisation there.
+
+    Args:
+        split: the training split.
+        order: which samples make up a step.
+        places: ``(micro_step,)`` returns the places in the global batch of this rank's micro-batch.
+        accumulation: micro-batches a step.
+        keys: ``(step, places)`` returns the dropout keys on the CPU.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        order: BatchOrder,
+        places: Callable[[int], np.ndarray],
+        accumulation: int,
+        keys: Callable[[int, np.ndarray], Tensor],
+        device: torch.device,
+    ) -> None:
+        self.split, self.order, self.places = split, order, places
+        self.accumulation, self.keys, self.device = accumulation, keys, device
+        # On a CPU a thread would only take cores from the step.
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            # A new thread starts on GPU 0, whichever is this rank's.
+            self._pool = ThreadPoolExecutor(1, "reader", torch.cuda.set_device, (device,))
+        self._ahead: tuple[int, int, Future[list[Tensor]]] | None = None
+
+    def read(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
+        """Return a micro-batch of ``step`` (from 0) and its dropout keys, both on the device."""
+        ahead = self._ahead
+        if ahead is not None and ahead[:2] == (step, micro_step):
+            tensors = ahead[2].result()
+        else:
+            tensors = self._read(step, micro_step)
+        self._ahead = None
+        *batch, keys = (x.to(self.device, non_blocking=True) for x in tensors)
+        return _widen(*batch), keys
+
+    def read_ahead(self, step: int, micro_step: int) -> None:
+        """Start to read what follows this micro-batch; call it when its work is on its way.
+
+        Not earlier: memory must not be pinned while a CUDA graph is captured.
+        """
+        if self._pool is not None:
+            last = micro_step == self.accumulation - 1
+            following = (step + 1, 0) if last else (step, micro_step + 1)
+            self._ahead = (*following, self._pool.submit(self._read, *following))
+
+    def _read(self, step: int, micro_step: int) -> list[Tensor]:
+        places = self.places(micro_step)
+        keys = self.keys(step, places)
+        if self.device.type == "cuda":
+            keys = keys.pin_memory()
+        return [*_gather(self.split, self.order.samples(step)[places], self.device), keys]
+
+
+def _gather(split: Split, indices: np.ndarray, device: torch.device) -> list[Tensor]:
+    """Return ids as they are stored (a byte or two each), lengths and labels, ready to travel."""
     stored = np.ascontiguousarray(split.input_ids[indices])
     # PyTorch does little with uint16; ids are far below 2^15.
     ids = torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
     lengths = torch.from_numpy(np.ascontiguousarray(split.lengths[indices]).astype(np.int64))
     labels = torch.from_numpy(np.ascontiguousarray(split.labels[indices]).astype(np.int64))
-    if device.type == "cuda":
-        ids, lengths, labels = ids.pin_memory(), lengths.pin_memory(), labels.pin_memory()
-    # The ids travel as they are stored (one or two bytes each) and widen on the device.
-    ids, lengths, labels = (x.to(device, non_blocking=True) for x in (ids, lengths, labels))
-    positions = torch.arange(ids.shape[-1], device=device)
+    tensors = [ids, lengths, labels]
+    # Only from pinned memory does a copy not wait for the device.
+    return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
+
+
+def _widen(ids: Tensor, lengths: Tensor, labels: Tensor) -> Batch:
+    positions = torch.arange(ids.shape[-1], device=ids.device)
     return Batch(ids.long(), positions < lengths[..., None], labels)

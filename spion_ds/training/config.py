@@ -169,8 +169,8 @@ class TrainingConfig:
         augment: whether training inputs are changed in ways that keep the label: operands of
             ListOps shuffled, images of Pathfinder flipped and turned.
         compile: whether TorchInductor compiles the training steps (ZeRO 0 to 2).
-        cuda_graph: whether the sparse phase's steps are replayed from a CUDA graph (GPU, ZeRO 0
-            to 2, one micro-batch a step).
+        cuda_graph: whether each phase's steps are replayed from a CUDA graph (GPU, ZeRO 0 to 2,
+            one micro-batch a step).
     """
 
     steps: int = 1000

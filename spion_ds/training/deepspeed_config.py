@@ -110,6 +110,9 @@ def _fill_precision(config: dict[str, Any], precision: str, device_type: str) ->
             )
         if isinstance(block, dict) and (block or enabled[name]):
             config[name] = {**block, "enabled": enabled[name]}
+    if enabled["bf16"] and isinstance(config.get("bf16"), dict):
+        # What is not finite StepGuard finds, without making the host wait for the device.
+        config["bf16"].setdefault("check_grad_overflow", False)
     if all(enabled.values()):
         raise ConfigError("bf16 and fp16 are both enabled; allowed: one of them")
     if enabled["fp16"] and device_type == "cpu":
@@ -163,6 +166,9 @@ def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, device_t
     # optimizer in RAM DeepSpeed's vectorised one is worth it.
     if not _offloads(config, "optimizer"):
         params.setdefault("torch_adam", True)
+        # ZeRO's flat partitions are few tensors; whole parameters are many, and one kernel serves.
+        if params["torch_adam"] and device_type == "cuda" and zero_stage(config) == 0:
+            params.setdefault("fused", True)
     elif device_type == "cpu":
         params.setdefault("torch_adam", True)
         config.setdefault("zero_force_ds_cpu_optimizer", not params["torch_adam"])

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from spion_ds.data import Split, get_task
 from spion_ds.errors import CheckpointError
-from spion_ds.models import EncoderClassifier
-from spion_ds.sparsity import SparsityConfig, SwitchingSparsityConfig
+from spion_ds.models import EncoderClassifier, set_masks
 from spion_ds.training.batches import read_batch
 from spion_ds.training.checkpoint import load_state, load_weights
 from spion_ds.training.config import RunConfig
@@ -33,12 +32,16 @@ class Evaluation:
         loss: mean cross-entropy, nats.
         samples: how many samples were counted: the whole split.
         tokens_per_second: sequence positions, padding included, over all ranks.
+        seconds: how long it took.
+        predictions: most likely classes (samples of this rank,) int64 on the CPU, in its order.
     """
 
     accuracy: float
     loss: float
     samples: int
     tokens_per_second: float
+    seconds: float
+    predictions: Tensor
 
 
 @torch.no_grad()
@@ -58,6 +61,7 @@ def evaluate(
     mine = np.arange(ranks.rank, len(split), ranks.world_size)
     batches = -(-len(split) // (ranks.world_size * batch_size))
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, samples
+    predictions = []
     started = time.perf_counter()
     bar = progress_bar(iterable=range(batches), desc=title, disable=not ranks.is_first, leave=False)
     for number in bar:
@@ -66,7 +70,8 @@ def evaluate(
         batch = read_batch(split, indices if counted else np.zeros(1, dtype=np.int64), device)
         logits = forward(batch.input_ids, batch.padding_mask).float()[:counted]
         labels = batch.labels[:counted]
-        totals[0] += (logits.argmax(dim=-1) == labels).sum()
+        predictions.append(logits.argmax(dim=-1))
+        totals[0] += (predictions[-1] == labels).sum()
         totals[1] += F.cross_entropy(logits, labels, reduction="sum")
         totals[2] += counted
     if dist.is_initialized():
@@ -74,7 +79,14 @@ def evaluate(
     correct, loss, samples = totals.tolist()
     seconds = time.perf_counter() - started
     tokens = split.input_ids.size
-    return Evaluation(correct / samples, loss / samples, int(samples), tokens / seconds)
+    return Evaluation(
+        correct / samples,
+        loss / samples,
+        int(samples),
+        tokens / seconds,
+        seconds,
+        torch.cat(predictions).cpu(),
+    )
 
 
 def build_model(config: RunConfig) -> EncoderClassifier:
@@ -91,7 +103,9 @@ def build_model(config: RunConfig) -> EncoderClassifier:
     )
 
 
-def load_model(folder: Path, config: RunConfig, device: torch.device) -> EncoderClassifier:
+def load_checkpoint_model(
+    folder: Path, config: RunConfig, device: torch.device
+) -> EncoderClassifier:
     """Return the model of a checkpoint, with its masks, in evaluation mode on ``device``.
 
     Raises:
@@ -107,31 +121,3 @@ def load_model(folder: Path, config: RunConfig, device: torch.device) -> Encoder
     set_masks(model, state.masks)
     dtype = next(iter(weights.values())).dtype
     return model.to(device=device, dtype=dtype).eval()
-
-
-def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
-    """Give each layer its (n, n) mask; None makes all layers dense.
-
-    Raises:
-        CheckpointError: a layer's pattern is static, and the mask is another one.
-    """
-    for layer, attention in enumerate(model.attentions):
-        sparsity = attention.sparsity_config
-        if isinstance(sparsity, SwitchingSparsityConfig):
-            sparsity.set_pattern(None if masks is None else masks[layer])
-        elif masks is not None:
-            length = masks[layer].shape[-1] * sparsity.block
-            if not torch.equal(static_mask(sparsity, length), masks[layer]):
-                raise CheckpointError(
-                    f"layer {layer} was trained with another {type(sparsity).__name__} layout than "
-                    "this version makes; use the version that saved the checkpoint"
-                )
-
-
-def static_mask(sparsity: SparsityConfig, length: int) -> Tensor:
-    """Return the mask of a pattern known from the start.
-
-    Returns:
-        (n, n) bool on the CPU, or (heads, n, n) with one layout a head; n = ceil(length / block).
-    """
-    return sparsity.make_mask(length)

@@ -47,9 +47,46 @@ def clip_by_value(optimizer: torch.optim.Optimizer, bound: float | None) -> None
         return
 
     def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.clamp_(-bound, bound)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:  # a rank of ZeRO may own none
+            torch._foreach_clamp_min_(gradients, -bound)
+            torch._foreach_clamp_max_(gradients, bound)
 
     optimizer.register_step_pre_hook(clip)
+
+
+def step_without_waiting(engine: Any) -> None:
+    """Let a bf16 engine at ZeRO stage 0 take its step without the host waiting for the device.
+
+    There DeepSpeed asks each gradient whether it is finite and how long it is, one after the
+    other, and copies parameter by parameter. StepGuard asks all at once, the recipe clips by
+    value, and the rest is the same arithmetic: bf16 gradients to float32, AdamW on the float32
+    weights, these to bf16. Everything else (fp16, clipping by norm) is left as it is.
+    """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, FP16_UnfusedOptimizer) or not engine.bfloat16_enabled():
+        return
+    if optimizer.clip_grad > 0.0 or optimizer.loss_scale != 1.0:
+        return
+    masters = [p for group in optimizer.fp32_groups for p in group]
+    weights = [p for group in optimizer.fp16_groups for p in group]
+    gradients = [torch.zeros_like(master) for master in masters]
+
+    @torch.no_grad()
+    def step(closure: None = None) -> bool:
+        given = [weight.grad for weight in weights]
+        if all(gradient is not None for gradient in given):
+            torch._foreach_copy_(gradients, given)
+        else:
+            for gradient, found in zip(gradients, given, strict=True):
+                gradient.zero_() if found is None else gradient.copy_(found)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+        optimizer.optimizer.step()
+        torch._foreach_copy_(weights, masters)
+        return False
+
+    vars(optimizer)["step"] = step

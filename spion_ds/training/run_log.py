@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -128,14 +129,19 @@ class StepTimer:
             torch.cuda.synchronize(self.device)
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl, without one that a crash cut off."""
+    rows = (_parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row is not None]
+
+
 def seconds_per_step(folder: Path) -> dict[str, float | None]:
     """Return the median step time of each phase of a run, over all its sessions.
 
     The first row of a phase, which warms up, counts only if there is no other.
     """
     rows: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(folder):
         if row["kind"] == "train" and "step_seconds" in row:
             rows[row["phase"]].append(row["step_seconds"])
     return {
@@ -159,6 +165,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory_bytes`` count from here on; without effect where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the resident set's peak
+
+
 def _drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of steps that a resumed run takes again."""
     if not path.is_file():
@@ -170,7 +185,14 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def _step_of(row: str) -> float:
+    parsed = _parse(row)
+    return float("inf") if parsed is None else parsed["step"]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Return a row, None for a line cut off by a crash."""
     try:
-        return json.loads(row)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a crash
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 import yaml
 
-from spion_ds.data import Dataset, Split, get_task
+from spion_ds.data import Dataset, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
-from spion_ds.settings import require
 from spion_ds.training.checkpoint import load_state
-from spion_ds.training.checkpoint_files import check_whole, find_checkpoint, has_checkpoint
+from spion_ds.training.checkpoint_files import find_checkpoint, has_checkpoint
 from spion_ds.training.config import (
     RunConfig,
     build_run_config,
     read_deepspeed_json,
     read_recipe,
 )
-from spion_ds.training.evaluation import Evaluation, evaluate, load_model
+from spion_ds.training.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.map_memory import check_map_memory
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
 from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
@@ -73,23 +72,6 @@ class TrainOptions:
     stop_at: int | None = None
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What ``launch/evaluate.py`` was asked to do.
-
-    Attributes:
-        checkpoint: a run's folder, which means its best checkpoint, or a checkpoint's folder.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        batch_size: samples a rank takes at once; None takes the run's micro-batch.
-        data_dir: folder that holds the data caches.
-    """
-
-    checkpoint: Path
-    split: str = "test"
-    batch_size: int | None = None
-    data_dir: Path = Path("data")
-
-
 def run_command(command: Callable[[], object]) -> int:
     """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
 
@@ -129,7 +111,7 @@ def train(options: TrainOptions) -> None:
     timeout = config.training.rank_timeout_seconds
     with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
-        dataset = prepare_data(config, options.data_dir, ranks, agreement)
+        dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
         if ranks.is_first and config.switches:
             _compile_operators(ranks)
         folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
@@ -148,14 +130,16 @@ def train(options: TrainOptions) -> None:
         raise Stopped
 
 
-def prepare_data(config: RunConfig, data_dir: Path, ranks: Ranks, agreement: Agreement) -> Dataset:
-    """Return the task's data; one rank a node makes what is missing, the others wait."""
-    prepare = get_task(config.task).prepare
+def prepare_data(
+    task: str, data: Any, data_dir: Path, ranks: Ranks, agreement: Agreement
+) -> Dataset:
+    """Return a task's data; one rank a node makes what is missing, the others wait."""
+    prepare = get_task(task).prepare
     if ranks.local_rank == 0:
-        dataset = agreement.together(lambda: prepare(config.data, data_dir))
+        dataset = agreement.together(lambda: prepare(data, data_dir))
     else:
         agreement.together(lambda: None)
-        dataset = prepare(config.data, data_dir, verify=False)
+        dataset = prepare(data, data_dir, verify=False)
     return dataset
 
 
@@ -167,43 +151,6 @@ def _compile_operators(ranks: Ranks) -> None:
         operators_available()
 
 
-def evaluate_checkpoint(options: EvaluateOptions) -> Evaluation:
-    """Evaluate a checkpoint on this rank's share of a split; rank 0 prints the result.
-
-    Raises:
-        SpionError: the checkpoint or the data cannot be read.
-    """
-    ranks = discover_ranks()
-    folder = find_checkpoint(options.checkpoint, "best")
-    state, _ = load_state(folder)
-    if options.batch_size is not None:
-        require(options.batch_size >= 1, "--batch_size", options.batch_size, "from 1 up")
-    # The batch only has to divide for training; evaluation takes any number of ranks.
-    recipe = _saved_recipe(folder)
-    config = build_run_config(recipe, None, (), world_size=1, device_type=ranks.device.type)
-    get_task(config.task).check_source(config.data)
-
-    join(ranks)
-    agreement = Agreement()
-    agreement.from_first(lambda: check_whole(folder, checksums=True))
-    dataset = prepare_data(config, options.data_dir, ranks, agreement)
-    model = load_model(folder, config, ranks.device)
-    split: Split = getattr(dataset, options.split)
-    batch_size = options.batch_size or config.batches.micro
-    result = evaluate(model, split, batch_size, ranks, ranks.device)
-    if ranks.is_first:
-        densities = [float(mask.double().mean()) for mask in state.masks or []]
-        print(f"checkpoint   {folder}")
-        print(f"phase        {state.phase}, step {state.step}")
-        print(f"density      {', '.join(f'{d:.1%}' for d in densities) or '100 %'}")
-        print(f"throughput   {result.tokens_per_second:,.0f} tokens/s on {ranks.device.type}")
-        print(f"{options.split} accuracy {result.accuracy:.2%} of {result.samples} samples")
-        baselines = get_task(config.task).baselines(dataset.train, split)
-        for name, accuracy in baselines.items():
-            print(f"  {name:<22}{accuracy:>7.2%}  (baseline)")
-    return result
-
-
 def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> RunConfig:
     if options.if_taken not in ("suffix", "error"):
         raise ConfigError(f"--if_taken is {options.if_taken!r}; allowed: suffix or error")
@@ -211,7 +158,7 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
     if checkpoint is None or options.recipe is not None:
         recipe = read_recipe(options.recipe or DEFAULT_RECIPE)
     else:
-        recipe, attention = _saved_recipe(checkpoint), None
+        recipe, attention = saved_recipe(checkpoint), None
         if options.attention and not str(recipe.get("recipe")).endswith(f"-{options.attention}"):
             raise ConfigError(
                 f"--attention is {options.attention!r}, but the run to go on with is "
@@ -276,7 +223,8 @@ def _verify(options: TrainOptions, config: RunConfig, ranks: Ranks, agreement: A
     return plan_resume(folder, load_state(folder)[1], config, ranks)
 
 
-def _saved_recipe(checkpoint: Path) -> dict[str, Any]:
+def saved_recipe(checkpoint: Path) -> dict[str, Any]:
+    """Return the configuration of a checkpoint's run, as ``build_run_config`` reads it."""
     saved = checkpoint.parent.parent / "config.yaml"
     try:
         return yaml.safe_load(saved.read_text())
@@ -336,7 +284,7 @@ def _sum_up(
 ) -> None:
     """Test the best checkpoint on all ranks, as a newly loaded model, and print the table."""
     best = find_checkpoint(folder, "best")
-    model = load_model(best, config, ranks.device)
+    model = load_checkpoint_model(best, config, ranks.device)
     test = evaluate(
         model, dataset.test, config.batches.micro, ranks, ranks.device, "testing the best"
     )

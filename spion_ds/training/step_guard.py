@@ -36,10 +36,19 @@ class StepGuard:
         at_once: whether a step's report is ready before its optimizer step. Otherwise (GPU) it
             comes a step later, so that the host need not wait for the device.
         gradients: whether gradients are looked at; under loss scaling they overflow by design.
+        whole: whether every parameter holds its whole gradient after the backward pass, as at
+            ZeRO stage 0. They are then looked at there, all in one operator; at other stages each
+            one is where autograd makes it, before DeepSpeed takes it apart.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, *, at_once: bool, gradients: bool = True
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        at_once: bool,
+        gradients: bool = True,
+        whole: bool = False,
     ) -> None:
         self.at_once = at_once
         looked_at = [named for named in model.named_parameters() if named[1].requires_grad]
@@ -49,7 +58,8 @@ class StepGuard:
         self._sums = [torch.zeros(len(self.names), device=device)]
         self._row = 0
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        if gradients:
+        self._whole = [p for _, p in looked_at] if gradients and whole else []
+        if gradients and not whole:
             for place, (_, parameter) in enumerate(looked_at):
                 parameter.register_hook(lambda gradient, place=place: self._add(place, gradient))
 
@@ -62,10 +72,12 @@ class StepGuard:
 
     def close(self, step: int, asked_to_stop: bool) -> list[StepReport]:
         """End a step on all ranks; return the reports that are ready: its own, or the last's."""
+        self._look_at_whole()
         sums = torch.stack(self._sums[: self._row])
         self._row = 0
         flags = torch.cat([sums.new_full((1,), asked_to_stop), (~sums.isfinite()).any(dim=0)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         event = None
         if flags.is_cuda:
             flags = flags.to("cpu", non_blocking=True)
@@ -85,6 +97,19 @@ class StepGuard:
             bad = [name for name, flag in zip(self.names, found, strict=True) if flag]
             ready.append(StepReport(step, bool(stop), list(dict.fromkeys(reversed(bad)))))
         return ready
+
+    def _look_at_whole(self) -> None:
+        found = [(place, p.grad) for place, p in enumerate(self._whole) if p.grad is not None]
+        if found:
+            # The largest magnitude is NaN or infinite if and only if an element is.
+            peaks = torch._foreach_norm([gradient for _, gradient in found], float("inf"))
+            places = [place for place, _ in found]
+            row = self._sums[0]
+            if len(places) == len(row) - 1:
+                row[:-1] = torch.stack(peaks)
+            else:
+                for place, peak in zip(places, peaks, strict=True):
+                    row[place] = peak
 
     def _add(self, place: int, values: Tensor) -> None:
         flat = values.detach().flatten()

@@ -17,10 +17,11 @@ from spion_ds.attention.dropout import sample_keys
 from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
 from spion_ds.data import Dataset, get_task
 from spion_ds.errors import SpionError
+from spion_ds.models import set_masks
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.augmentation import make_augmentation
-from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
+from spion_ds.training.batches import BatchOrder, BatchReader, micro_batch_positions, read_batch
 from spion_ds.training.checkpoint import (
     TrainingState,
     gathered,
@@ -35,13 +36,18 @@ from spion_ds.training.checkpoint_files import (
 )
 from spion_ds.training.config import RunConfig
 from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
-from spion_ds.training.deepspeed_config import with_universal_checkpoint
-from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
+from spion_ds.training.deepspeed_config import with_universal_checkpoint, zero_stage
+from spion_ds.training.evaluation import build_model, evaluate
 from spion_ds.training.masked_tokens import mask_tokens
-from spion_ds.training.optimizer_hooks import clip_by_value, restart, step_unless
+from spion_ds.training.optimizer_hooks import (
+    clip_by_value,
+    restart,
+    step_unless,
+    step_without_waiting,
+)
 from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
 from spion_ds.training.resuming import Resume, drop_universal, make_universal
-from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes
+from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
 from spion_ds.training.watch import Watch
@@ -96,14 +102,19 @@ class Trainer:
             config=deepspeed_config,
         )
         self._skipping = False
+        stage = zero_stage(config.resolved)
+        if stage == 0 and ranks.world_size == 1:
+            self.engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
         clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
         step_unless(self.engine.basic_optimizer, lambda: self._skipping)
+        step_without_waiting(self.engine)
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
             self.device,
             at_once=skips or self.device.type == "cpu",
             gradients=config.training.precision != "fp16",
+            whole=stage == 0,
         )
 
         self.accelerated = AcceleratedForward(
@@ -117,7 +128,7 @@ class Trainer:
         elif config.is_sparse and not config.switches:
             length = config.data.sequence_length
             sparsity = [attention.sparsity_config for attention in self.model.attentions]
-            self.state.masks = [static_mask(layer, length) for layer in sparsity]
+            self.state.masks = [layer.make_mask(length) for layer in sparsity]
             self.state.switch_step = 0
         if self.state.masks is not None:
             self._freeze_patterns()
@@ -136,6 +147,21 @@ class Trainer:
             else None
         )
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
+        self.reader = BatchReader(
+            dataset.train,
+            self.order,
+            lambda micro_step: micro_batch_positions(
+                micro_step, config.batches.micro, ranks.rank, ranks.world_size
+            ),
+            config.batches.accumulation,
+            lambda step, places: sample_keys(
+                config.training.seed,
+                step,
+                torch.from_numpy(places),
+                2 * self.model.dropout_places + 2,
+            ),
+            self.device,
+        )
         self.timer = StepTimer(self.device)
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
@@ -170,11 +196,15 @@ class Trainer:
             evaluates = state.step % training.evaluate_every == 0 or state.step == training.steps
             switched = phase != state.phase
             logs = state.step % training.log_every == 0
-            if logs or evaluates or switched or ends or self._stopping:
-                self._obey(self.guard.reports())
-                self._log_row(phase)
-            best = evaluates and self._evaluate()
             due = state.step % training.checkpoint_every == 0
+            ends_row = logs or evaluates or switched or ends or self._stopping
+            if due or ends_row:
+                self._obey(self.guard.reports())
+            if ends_row:
+                self._log_row(phase)
+            if switched:
+                reset_peak_memory(self.device)  # each phase has a peak of its own
+            best = evaluates and self._evaluate()
             if best or due or ends or self._stopping:
                 self._save(best)
         if self._stopping:
@@ -189,9 +219,8 @@ class Trainer:
         # Where every step is a check, the checks are part of the step.
         timed = not checking or config.transition.check_every == 1
         observed: list[AttentionMapAccumulator | PooledMapAccumulator] = []
-        samples = self.order.samples(state.step)
         if checking:
-            observed = self._observers(samples)
+            observed = self._observers(self.order.samples(state.step))
         if timed:
             self.timer.start()
         else:
@@ -200,13 +229,10 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
         counted = torch.zeros_like(self._sums)
-        for micro_step, positions in enumerate(self._positions()):
-            batch = read_batch(self.dataset.train, samples[positions], self.device)
+        for micro_step in range(config.batches.accumulation):
+            batch, keys = self.reader.read(state.step, micro_step)
             # Places: dropout, dropout of the pass with masks, augmentation, masks.
             places = self.model.dropout_places
-            keys = sample_keys(
-                state.seed, state.step, torch.from_numpy(positions), 2 * places + 2
-            ).to(self.device, non_blocking=True)
             input_ids = batch.input_ids
             if self.augmentation is not None:
                 input_ids = self.augmentation(input_ids, keys[-2])
@@ -229,6 +255,7 @@ class Trainer:
                 counted[3] += pattern_loss.detach() * len(batch.labels)
                 loss = loss + pattern_loss
             self.engine.backward(loss)
+            self.reader.read_ahead(state.step, micro_step)
             self.guard.add_loss(loss)
             if micro_step == config.batches.accumulation - 1:
                 self._skipping = self._obey(self.guard.close(number, self.request.asked))

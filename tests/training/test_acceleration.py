@@ -11,11 +11,10 @@ import torch.nn.functional as F
 
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
-from spion_ds.models import EncoderClassifier, ModelConfig
+from spion_ds.models import EncoderClassifier, ModelConfig, set_masks
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig, SparseAttentionConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.config import build_run_config, read_recipe
-from spion_ds.training.evaluation import set_masks
 from tests.training.launching import TINY
 
 LENGTH = 64

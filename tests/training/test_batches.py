@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from spion_ds.data import Split
-from spion_ds.training.batches import BatchOrder, micro_batch_positions, read_batch
+from spion_ds.training.batches import BatchOrder, BatchReader, micro_batch_positions, read_batch
 
 
 def test_every_epoch_takes_each_sample_once_in_a_new_order() -> None:
@@ -61,3 +62,44 @@ def test_read_batch_keeps_two_documents_apart_and_every_byte() -> None:
     assert batch.input_ids.tolist() == ids[::-1].tolist()
     assert batch.padding_mask.tolist() == (ids[::-1] != 0).tolist()
     assert batch.input_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str) -> None:
+    draw = np.random.default_rng(0)
+    split = Split(
+        draw.integers(0, 9, (10, 6), dtype=np.uint8),
+        draw.integers(1, 7, 10, dtype=np.int32),
+        draw.integers(0, 3, 10).astype(np.uint8),
+    )
+    order = BatchOrder(10, 4, seed=0)
+    reader = BatchReader(
+        split,
+        order,
+        places=lambda micro_step: micro_batch_positions(micro_step, 2, 0, 1),
+        accumulation=2,
+        keys=lambda step, places: torch.from_numpy(100 * step + places),
+        device=torch.device(device),
+    )
+    # The third is out of order, as after a resumption.
+    for step, micro_step in ((0, 0), (0, 1), (5, 1), (6, 0), (6, 1)):
+        batch, keys = reader.read(step, micro_step)
+        reader.read_ahead(step, micro_step)
+        places = micro_batch_positions(micro_step, 2, 0, 1)
+        wanted = read_batch(split, order.samples(step)[places], torch.device(device))
+        assert torch.equal(batch.input_ids, wanted.input_ids)
+        assert torch.equal(batch.padding_mask, wanted.padding_mask)
+        assert torch.equal(batch.labels, wanted.labels)
+        assert keys.tolist() == (100 * step + places).tolist()

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from spion_ds.errors import ConfigError, DataError
+from spion_ds.models import get_masks, load_model
+from spion_ds.training.inference import EvaluateOptions, run_evaluate
 from tests.training.launching import (
     LIMIT_SECONDS,
     ROOT,
@@ -24,17 +32,75 @@ from tests.training.launching import (
 pytestmark = pytest.mark.ranks
 
 
-def test_evaluate_reports_what_training_reported(tmp_path: Path) -> None:
-    drive("python", 1, [{"run_name": "r", "stage": 3}], tmp_path)
-    run = tmp_path / "runs" / "r"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the run ``runs/r``, trained at ZeRO stage 3."""
+    folder = tmp_path_factory.mktemp("trained")
+    drive("python", 1, [{"run_name": "r", "stage": 3}], folder)
+    return folder
+
+
+def test_evaluate_reports_what_training_reported(trained: Path) -> None:
+    run = trained / "runs" / "r"
+    agreements = set()
     for launcher, ranks in (("python", 1), ("torchrun", 2)):
         words = [*command(launcher, ranks), str(ROOT / "launch" / "evaluate.py"), str(run)]
-        out = launch(words, tmp_path).stdout
+        out = launch([*words, "--compare", "dense"], trained).stdout
         best = summary(run)["best_step"]
         assert f"phase        sparse, step {best}" in out
         assert f"test accuracy {summary(run)['test_accuracy']:.2%} of 22 samples" in out
         for word in ("density", "tokens/s", "majority class", "root operator only"):
             assert word in out
+        table = {line[:13].strip(): line[13:].split() for line in out.splitlines()}
+        assert table["attention"] == ["sparse", "dense"]
+        assert table["accuracy"][0] == f"{summary(run)['test_accuracy']:.2%}"
+        for row in ("loss", "seconds", "tokens/s", "RAM, peak"):
+            assert len(table[row]) >= 2
+        agreements.add(re.search(r"predictions agree on ([\d.]+%)", out)[1])
+    assert len(agreements) == 1  # whatever the number of ranks
+
+
+def test_an_exported_model_predicts_what_its_checkpoint_does(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("safetensors")
+    run, model, inputs = trained / "runs" / "r", tmp_path / "model", tmp_path / "inputs"
+    inputs.write_text("[MAX 2 [MIN 7 3 ] ]\n\n11 3 4 15\n5\n")
+    run_evaluate(EvaluateOptions(run, export=model))
+    assert get_masks(load_model(model)) is not None
+
+    def predictions(*options: Any, **named: Any) -> list[dict]:
+        capsys.readouterr()
+        run_evaluate(EvaluateOptions(*options, **named))
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    of_model = predictions(model, input=str(inputs), batch_size=2)
+    assert [row["line"] for row in of_model] == [1, 3, 4]
+    for row in of_model:
+        assert sum(row["probabilities"]) == pytest.approx(1.0, abs=1e-5)  # six decimals each
+        assert row["label"] == int(np.argmax(row["probabilities"]))
+    assert predictions(run, input=str(inputs), batch_size=2) == of_model
+    monkeypatch.setattr("sys.stdin", io.StringIO(inputs.read_text()))
+    assert [row["label"] for row in predictions(model, input="-", batch_size=1)] == [
+        row["label"] for row in of_model
+    ]
+
+    inputs.write_text("5\n[MAX 2 x ]\n")
+    capsys.readouterr()
+    with pytest.raises(DataError, match="inputs, line 2: 'x' is no token"):
+        run_evaluate(EvaluateOptions(model, input=str(inputs)))
+    assert capsys.readouterr().out == ""  # a bad line is found before the first prediction
+    for options, message in (
+        ({"export": trained}, "exists and is not empty"),
+        ({"input": str(tmp_path / "none")}, "is not a file"),
+        ({"input": str(inputs), "compare": "dense"}, "allowed: one of them"),
+        ({"batch_size": 0}, "--batch_size is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_evaluate(EvaluateOptions(model, **options))
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint_that_resumes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoint import load_state
 from spion_ds.training.checkpoint_files import find_checkpoint
-from spion_ds.training.evaluation import load_model
+from spion_ds.training.evaluation import load_checkpoint_model
 from spion_ds.training.ranks import discover_ranks
 from tests.training.launching import ROOT, TINY, command, drive, launch, losses, rows, summary
 from tests.training.test_config import build
@@ -85,4 +85,4 @@ def test_a_checkpoint_of_another_layout_is_refused(trained: Path) -> None:
     assert load_state(folder)[1]["identity"]["sparse_attention"]["mode"] == "bigbird"
     config = build(str(TINY), {}, tuple(overrides("bslongformer")))
     with pytest.raises(CheckpointError, match="layer 0 was trained with another BSLongformer"):
-        load_model(folder, config, discover_ranks().device)
+        load_checkpoint_model(folder, config, discover_ranks().device)

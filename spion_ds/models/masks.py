@@ -1,0 +1,37 @@
+"""The block masks of a model's layers: setting them, and reading them back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spion_ds.errors import CheckpointError
+from spion_ds.models.encoder import EncoderClassifier
+
+
+def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
+    """Give each layer its (n, n) mask; None makes all layers dense.
+
+    Raises:
+        CheckpointError: a layer's pattern is static, and the mask is another one.
+    """
+    for layer, attention in enumerate(model.attentions):
+        sparsity = attention.sparsity_config
+        # Patterns found in training are set; others are what their configuration says.
+        set_pattern = getattr(sparsity, "set_pattern", None)
+        if set_pattern is not None:
+            set_pattern(None if masks is None else masks[layer])
+        elif masks is not None:
+            length = masks[layer].shape[-1] * sparsity.block
+            if not torch.equal(sparsity.make_mask(length), masks[layer]):
+                raise CheckpointError(
+                    f"layer {layer} was trained with another {type(sparsity).__name__} layout than "
+                    "this version makes; use the version that saved the checkpoint"
+                )
+
+
+def get_masks(model: EncoderClassifier) -> list[Tensor] | None:
+    """Return each layer's (n, n) or (heads, n, n) bool mask at full length, None if all is kept."""
+    length = model.sizes["max_length"]
+    masks = [attention.sparsity_config.make_mask(length) for attention in model.attentions]
+    return None if all(bool(mask.all()) for mask in masks) else masks

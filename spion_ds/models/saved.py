@@ -1,0 +1,179 @@
+"""A trained model as a folder that runs anywhere: no DeepSpeed, nothing that could be code.
+
+config.json          sizes, sparse_attention, task and preprocessing, where it was trained
+model.safetensors    weights; each layer's block mask as bits, under masks.<layer>
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.layout import pack_mask, unpack_mask
+from spion_ds.errors import CheckpointError, ConfigError, SpionError
+from spion_ds.models.encoder import EncoderClassifier, ModelConfig
+from spion_ds.models.masks import get_masks, set_masks
+from spion_ds.settings import read_dataclass
+from spion_ds.sparsity import read_sparse_attention
+
+FORMAT = 1
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_MASK = "masks."
+
+
+def save_model(
+    model: EncoderClassifier,
+    folder: str | Path,
+    *,
+    task: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model's weights, masks and configuration into a new folder.
+
+    Args:
+        model: in any precision, on any device.
+        folder: must not exist, or be empty.
+        task: name of the task it was trained on.
+        data: the task's ``data`` section: how inputs became token ids.
+        trained: anything worth knowing about the training; JSON values.
+
+    Raises:
+        ConfigError: the folder is taken, or cannot be written.
+    """
+    folder = Path(folder)
+    check_new_folder(folder)
+    masks = get_masks(model)
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    for layer, mask in enumerate(masks or []):
+        bits = torch.frombuffer(bytearray(pack_mask(mask)), dtype=torch.uint8)
+        tensors[f"{_MASK}{layer}"] = bits.clone()
+    config = {
+        "format": FORMAT,
+        "task": task,
+        "data": None if data is None else dict(data),
+        "model": dataclasses.asdict(model.config),
+        "sparse_attention": model.sparse_attention.to_mapping(),
+        "sizes": model.sizes,
+        "mask_shape": None if masks is None else list(masks[0].shape),
+        "trained": None if trained is None else dict(trained),
+    }
+    _write(folder, tensors, json.dumps(config, indent=2) + "\n")
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> EncoderClassifier:
+    """Return the model that ``save_model`` wrote, with its masks, in evaluation mode.
+
+    Args:
+        folder: the saved model.
+        device: where it is to run.
+        dtype: torch.float32 or torch.bfloat16; None keeps the saved one.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of another format or of another model.
+    """
+    folder = Path(folder)
+    config = read_model_config(folder)
+    tensors = _read_tensors(folder / _WEIGHTS)
+    packed = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    try:
+        model = EncoderClassifier(
+            read_dataclass(ModelConfig, config["model"], "model"),
+            read_sparse_attention(config["sparse_attention"]),
+            **config["sizes"],
+        )
+        model.load_state_dict(tensors)
+        set_masks(model, _unpack(packed, config["mask_shape"], len(model.layers)))
+    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG} and {_WEIGHTS} do not make a model: {error}; export it again"
+        ) from error
+    return model.to(device=device, dtype=dtype or next(iter(tensors.values())).dtype).eval()
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Return whether ``save_model`` wrote this folder."""
+    return (folder / _WEIGHTS).is_file() and (folder / _CONFIG).is_file()
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a saved model's config.json.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format.
+    """
+    path = folder / _CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"there is no saved model in {folder}: {_CONFIG} is missing; give a folder that "
+            "save_model or launch/evaluate.py --export wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); export the model again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of a saved model of format {FORMAT}")
+    return config
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise ConfigError unless ``folder`` can become a saved model without losing anything."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty; give a new folder for the model")
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
+    temporary = folder.with_name(f".{folder.name}.incomplete-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _safetensors().save_file(tensors, temporary / _WEIGHTS)
+        (temporary / _CONFIG).write_text(config)
+        # The library makes files that only their owner may read.
+        (temporary / _WEIGHTS).chmod((temporary / _CONFIG).stat().st_mode)
+        os.replace(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ConfigError(f"the model cannot be written to {folder}: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    # Imported for its side: SafetensorError is the package's own.
+    library = _safetensors()
+    from safetensors import SafetensorError
+
+    try:
+        return library.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; export the model again") from error
+
+
+def _unpack(packed: dict[str, Tensor], shape: Any, layers: int) -> list[Tensor] | None:
+    if shape is None:
+        return None
+    bits = [bytes(packed[f"{_MASK}{layer}"].tolist()) for layer in range(layers)]
+    return [unpack_mask(layer, tuple(shape)) for layer in bits]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise SpionError(
+            "the package safetensors is missing, in which models are saved; install it with "
+            "'pip install safetensors'"
+        ) from None
+    return safetensors.torch

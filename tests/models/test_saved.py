@@ -1,0 +1,137 @@
+"""A saved model is the same model, anywhere, and a damaged one says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spion_ds.errors import CheckpointError, ConfigError
+from spion_ds.models import (
+    EncoderClassifier,
+    ModelConfig,
+    get_masks,
+    load_model,
+    save_model,
+    set_masks,
+)
+from spion_ds.sparsity import read_sparse_attention
+
+pytest.importorskip("safetensors")
+
+LENGTH, BLOCK = 70, 16  # a last block that is not full
+SPION = {"mode": "spion", "block": BLOCK}
+FIXED = {"mode": "fixed", "block": BLOCK, "num_local_blocks": 2, "different_layout_per_head": True}
+
+
+def tiny_model(block: dict[str, Any]) -> EncoderClassifier:
+    torch.manual_seed(0)
+    config = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
+    return EncoderClassifier(config, read_sparse_attention(block), 17, 10, LENGTH).eval()
+
+
+def sparse_model() -> EncoderClassifier:
+    model = tiny_model(SPION)
+    first, second = torch.eye(5, dtype=torch.bool), torch.eye(5, dtype=torch.bool)
+    first[:, 1], second[3] = True, True
+    set_masks(model, [first, second])
+    return model
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(1, 17, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    return ids, torch.arange(LENGTH) < torch.tensor([[70], [33], [1]])
+
+
+@torch.no_grad()
+def logits(model: EncoderClassifier) -> Tensor:
+    return model(*inputs())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "one layout a head"])
+def test_a_loaded_model_is_the_saved_one(kind: str, tmp_path: Path) -> None:
+    made = {"sparse": sparse_model, "dense": lambda: tiny_model(SPION)}
+    model = made.get(kind, lambda: tiny_model(FIXED))()
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(model))
+    masks, before = get_masks(loaded), get_masks(model)
+    assert (masks is None) == (before is None) == (kind == "dense")
+    assert all(torch.equal(a, b) for a, b in zip(masks or [], before or [], strict=True))
+
+
+def test_it_runs_in_bf16(tmp_path: Path) -> None:
+    model = sparse_model()
+    save_model(model, tmp_path / "fp32")
+    half = load_model(tmp_path / "fp32", dtype=torch.bfloat16)
+    # bf16 keeps 8 bits of each activation: some hundredths of logits of size 1.
+    torch.testing.assert_close(logits(half).float(), logits(model), atol=0.05, rtol=0.05)
+    save_model(half, tmp_path / "bf16")
+    assert torch.equal(logits(load_model(tmp_path / "bf16")), logits(half))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_it_runs_on_a_gpu_as_on_a_cpu(tmp_path: Path) -> None:
+    model = sparse_model()
+    save_model(model, tmp_path / "model")
+    ids, padding_mask = inputs()
+    # Other kernels: float32 rounding through two layers; bf16 as in the test above.
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        loaded = load_model(tmp_path / "model", device="cuda", dtype=dtype)
+        with torch.no_grad():
+            out = loaded(ids.cuda(), padding_mask.cuda()).float().cpu()
+        torch.testing.assert_close(out, logits(model), atol=bound, rtol=bound)
+
+
+def test_loading_needs_no_deepspeed(tmp_path: Path) -> None:
+    save_model(sparse_model(), tmp_path / "model")
+    lines = [
+        "from spion_ds.models import load_model",
+        f"model = load_model({str(tmp_path / 'model')!r})",
+        "import sys",
+        "assert 'deepspeed' not in sys.modules",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        save_model(sparse_model(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_model(tmp_path)
+    folder = tmp_path / "model"
+    save_model(sparse_model(), folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    good, text = weights.read_bytes(), config.read_text()
+
+    weights.write_bytes(good[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_model(folder)
+    weights.write_bytes(good)
+
+    values = json.loads(text)
+    for changed, message in (
+        ({"format": 9}, "not of a saved model of format 1"),
+        ({"sizes": {**values["sizes"], "vocab_size": 5}}, "size mismatch"),
+        ({"mask_shape": [9, 9]}, "cannot be a packed mask"),
+        ({"model": {**values["model"], "width": 3}}, "unknown key 'model.width'"),
+    ):
+        config.write_text(json.dumps({**values, **changed}))
+        with pytest.raises(CheckpointError, match=message):
+            load_model(folder)
+    config.write_text(text[:-20])
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        load_model(folder)

@@ -1,0 +1,145 @@
+"""launch/reproduce.py: plans, the table, going on, stopping in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spion_ds.errors import ConfigError
+from spion_ds.training.published import published
+from spion_ds.training.reproduction import (
+    Plan,
+    ReproduceOptions,
+    _train,
+    plan_runs,
+    read_plan,
+    reproduce,
+)
+from spion_ds.training.results import RunResult, read_result, results_table
+from spion_ds.training.stopping import Stopped
+from tests.training.launching import ROOT, TINY, TRAIN, summary
+
+SHIPPED = str(ROOT / "launch" / "reproduce.yaml")
+
+
+def test_the_shipped_plan_is_valid() -> None:
+    plan = read_plan(SHIPPED)
+    runs = plan_runs(ReproduceOptions(plan, Path("train.py"), run_dir=Path("nowhere")))
+    assert len(runs) == len(plan.recipes) * len(plan.variants) * len(plan.seeds)
+    assert len({run.folder for run in runs}) == len(runs)
+    dense = next(run for run in runs if run.variant == "dense")
+    assert dense.config.sparse_attention.mode == "dense"
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+
+
+def test_the_command_line_narrows_and_replaces(tmp_path: Path) -> None:
+    plan = read_plan(SHIPPED, ["a"], ["bigbird"], [7], ["x=1"])
+    assert plan == Plan(("a",), {"bigbird": ["sparse_attention.mode=bigbird"]}, (7,), ("x=1",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipes: [listops]\nseed: [1]", "unknown key 'seed'.*did you mean 'seeds'"),
+        ("recipes: [listops]\nvariants: {a: b=c}", r"variants\.a is 'b=c'; allowed: a list"),
+        ("seeds: [1]", "no recipes to run"),
+        ("recipes: listops", "recipes is 'listops'"),
+        ("[1", "is not YAML"),
+    ],
+)
+def test_a_wrong_plan_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_plan(str(tmp_path / "plan.yaml"))
+
+
+def test_every_configuration_is_checked_before_any_run() -> None:
+    plan = Plan(("listops",), {"a": [], "b": ["model.layer=2"]})
+    with pytest.raises(ConfigError, match=r"model\.layer"):
+        plan_runs(ReproduceOptions(plan, Path("train.py")))
+
+
+def result(name: str, **known: Any) -> RunResult:
+    return RunResult(name, "listops", known.pop("step", 10), 10, **known)
+
+
+def test_the_table_has_means_spreads_and_what_is_missing() -> None:
+    groups = {
+        ("listops", "cf"): [
+            result("a", finished=True, test_accuracy=0.36, switch_step=4, density=0.05),
+            result(
+                "b",
+                finished=True,
+                test_accuracy=0.40,
+                switch_step=4,
+                density=0.05,
+                step_seconds={"dense": 0.2, "sparse": 0.1},
+                memory_bytes={"dense": 2.0**31, "sparse": 2.0**30},
+                baselines={"majority class": 0.173},
+            ),
+            result("c", step=3),
+        ],
+        ("listops", "dense"): [result("d", finished=True, test_accuracy=0.38)],
+    }
+    table = results_table(groups, {"cf": [], "dense": ["sparse_attention.mode=dense"]})
+    # The sample standard deviation of 36 and 40 is 2.83.
+    row = "| listops | cf | 38.00 ± 2.83 | – | 2 of 3 | 4 ± 0 | 5.0 ± 0.0 | 200.0 | 100.0 | 2.00 |"
+    assert row in table
+    assert "| listops | dense | 38.00 | – | 1 of 1 | – | – | – | – | – | – |" in table
+    assert "| majority class | 17.30 | trivial reader" in table
+    assert "| c | 3 of 10 |" in table
+    assert "| dense | `sparse_attention.mode=dense` |" in table
+    for model, accuracy, source in published("listops"):
+        assert f"| {model} | {accuracy} | {source} |" in table
+    assert "SPION" not in table  # its own table is not known
+
+
+def test_published_figures_belong_to_their_task() -> None:
+    figures = {(model, accuracy) for model, accuracy, _ in published("pathfinder32")}
+    assert ("Transformer", "65.3") in figures
+    assert ("BigBird", "74.9") in figures
+    assert published("my own task") == []
+
+
+def test_a_run_is_asked_to_stop_when_time_is_over(tmp_path: Path) -> None:
+    waits = [sys.executable, "-c", "import signal; signal.pause()"]
+    assert _train(waits, tmp_path / "r", time.monotonic(), lambda: False) is None
+    assert _train(waits, tmp_path / "r", None, lambda: True) is None
+    fails = [sys.executable, "-c", "print('why'); raise SystemExit(2)"]
+    assert _train(fails, tmp_path / "r", None, lambda: False) == 2
+    assert "why" in (tmp_path / "r" / "output.log").read_text()
+
+
+@pytest.mark.ranks
+def test_runs_are_made_once_and_what_is_left_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan, table = Plan((str(TINY),), {"cf": []}), tmp_path / "results.md"
+    options = ReproduceOptions(plan, TRAIN, run_dir=tmp_path, data_dir=tmp_path / "data")
+
+    with pytest.raises(Stopped):
+        reproduce(dataclasses.replace(options, minutes=1e-9))
+    assert "| tiny-cf-seed0 | 0 of 12 |" in table.read_text()
+
+    reproduce(options)
+    run = tmp_path / "tiny-cf-seed0"
+    assert f"| tiny | cf | {100 * summary(run)['test_accuracy']:.2f} |" in table.read_text()
+    [planned] = plan_runs(options)
+    found = read_result(run, planned.config)
+    assert found.finished
+    assert found.step == 12
+    assert found.switch_step == 6
+
+    written = (run / "summary.json").stat().st_mtime_ns
+    reproduce(options)
+    assert (run / "summary.json").stat().st_mtime_ns == written
+    changed = dataclasses.replace(plan, overrides=("training.steps=13",))
+    with pytest.raises(ConfigError, match=r"is a finished run with another training\.steps"):
+        reproduce(dataclasses.replace(options, plan=changed))
