@@ -35,7 +35,8 @@ _LOWEST = tl.constexpr(-1.0e30)
 _HIGHEST = tl.constexpr(1.0e30)
 # Programs that run at the same time share this many row tiles, so that few keys are read at a time.
 _ROW_GROUP = tl.constexpr(8)
-_DATA = ["padding_ptr", "weights_ptr", "heads", "length", "batch"]
+_DATA = ["padding_ptr", "heads", "length"]
+_TILE_DATA = [*_DATA, "weights_ptr", "batch", "row_tiles", "column_tiles"]
 
 
 class MapTiles(NamedTuple):
@@ -120,7 +121,7 @@ def attention_map_softmax_kernel(
     tl.store(inverse_ptr + at_R, inverse_R, mask=inside_R)
 
 
-@triton.jit(do_not_specialize=_DATA)
+@triton.jit(do_not_specialize=_TILE_DATA)
 def attention_map_tile_kernel(
     q: tl.tuple,
     k: tl.tuple,
@@ -408,9 +409,10 @@ class _Sums:
             parts = self.parts.flatten(2).flatten(0, 1).to(torch.float64)
             return into_rows @ parts @ into_columns.T
         n = self.n
-        lower_right, lower_left, upper_right, upper_left = (self._at_corners(i) for i in range(4))
-        total = lower_right[:n, :n] + lower_left[:n, 1:]
-        return total + upper_right[1:, :n] + upper_left[1:, 1:]
+        # A block is the lower right one at its first corner, the lower left one at the next, …
+        total = self._at_corners(0)[:n, :n] + self._at_corners(1)[:n, 1:]
+        total += self._at_corners(2)[1:, :n]
+        return total.add_(self._at_corners(3)[1:, 1:])
 
     def _at_corners(self, quarter: int) -> Tensor:
         """Return what each corner gives to one of its blocks, (n + 1, n + 1) float64."""
