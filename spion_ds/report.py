@@ -1,7 +1,7 @@
 """What is installed here, what serves attention on which device, and what missing things cost.
 
 python -m spion_ds.report            # compiles nothing
-python -m spion_ds.report --build    # compiles the C++ operators, and says how long it took
+python -m spion_ds.report --build    # compiles the operators, and says how long C++ took
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         took = time.perf_counter() - start
         failed = reason is not None
         print(reason or f"the C++ operators are loaded; it took {took:.1f} s", end="\n\n")
+        if torch.cuda.is_available():
+            extension.cuda_operators_available(torch.cuda.get_device_capability())
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(describe().text(colours))
     return int(failed)

@@ -203,6 +203,12 @@ def skewness(request: MapRequest) -> Tensor:
 
 def _central_sums(request: MapRequest, mean: float) -> Tensor:
     """Return Σ(a - mean)² and Σ(a - mean)³ over the map, (2,) float64."""
+    if request.q.is_cuda and HAS_TRITON:
+        from spion_ds.attention import triton_maps
+
+        request = request._replace(block=triton_maps.MIN_BLOCK)  # of no consequence here
+        if triton_maps.unsupported(request) is None:
+            return triton_maps.central_sums_triton(request, mean)
     if request.q.device.type == "cpu":
         from spion_ds.attention import cpu_maps
 

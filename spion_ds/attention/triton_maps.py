@@ -6,7 +6,8 @@ tile gives to the blocks that it reaches; those sums are then added up in a fixe
 
 Where the filter is no wider than a block, a tile is cut at the middle of blocks: around each
 corner, where four blocks meet, an entry adds to these four alone, and its four weights are a
-minimum and three differences. Elsewhere a tile visits all blocks that it reaches.
+minimum and three differences. Elsewhere a tile visits all blocks that it reaches. For the skewness
+a tile writes its powers instead.
 
 Shape suffixes: B batch, H heads, L tokens, R rows and C columns of a tile, D head_dim padded to a
 power of two, n blocks a side.
@@ -27,7 +28,7 @@ from spion_ds.attention.streaming_maps import MapRequest
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 128
 # A tile visits all blocks that it reaches: of smaller ones that would be hundreds.
-_MIN_BLOCK = 16
+MIN_BLOCK = 16
 _LOG2_E = math.log2(math.e)
 # Below every score yet finite, so that a row that has met no key yet is no special case.
 _LOWEST = tl.constexpr(-1.0e30)
@@ -35,7 +36,8 @@ _LOWEST = tl.constexpr(-1.0e30)
 _HIGHEST = tl.constexpr(1.0e30)
 # Programs that run at the same time share this many row tiles, so that few keys are read at a time.
 _ROW_GROUP = tl.constexpr(8)
-_DATA = ["padding_ptr", "weights_ptr", "heads", "length", "batch"]
+_DATA = ["padding_ptr", "heads", "length"]
+_TILE_DATA = [*_DATA, "weights_ptr", "batch", "row_tiles", "column_tiles"]
 
 
 class MapTiles(NamedTuple):
@@ -120,7 +122,7 @@ def attention_map_softmax_kernel(
     tl.store(inverse_ptr + at_R, inverse_R, mask=inside_R)
 
 
-@triton.jit(do_not_specialize=_DATA)
+@triton.jit(do_not_specialize=_TILE_DATA)
 def attention_map_tile_kernel(
     q: tl.tuple,
     k: tl.tuple,
@@ -128,13 +130,14 @@ def attention_map_tile_kernel(
     inverse_ptr: tl.tensor,
     padding_ptr: tl.tensor,
     weights_ptr: tl.tensor,  # (L,) float32
-    sums_ptr: tl.tensor,  # what _corner_sums or _block_sums write, float32
+    sums_ptr: tl.tensor,  # what _corner_sums, _block_sums or _power_sums write, float32
     batch: tl.tensor,
     heads: tl.tensor,
     length: tl.tensor,
     scale_log2: tl.tensor,
     row_tiles: tl.tensor,
     column_tiles: tl.tensor,
+    centre: tl.tensor,  # float32, of the powers
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -142,14 +145,14 @@ def attention_map_tile_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     PIECES: tl.constexpr,
+    SUMS: tl.constexpr,  # "corners", "blocks" or "powers"
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
-    CORNERS: tl.constexpr,
     REACH: tl.constexpr,
 ) -> None:
-    """Write what a tile of R rows and C · PIECES columns of the map gives to the blocks."""
+    """Write the sums of a tile of R rows and C · PIECES columns of the map."""
     row_tile, column_tile = _place(row_tiles, column_tiles)
-    shift: tl.constexpr = BLOCK // 2 if CORNERS else 0
+    shift: tl.constexpr = BLOCK // 2 if SUMS == "corners" else 0
     first_row, first_column = row_tile * R - shift, column_tile * (C * PIECES) - shift
     rows_R = first_row + tl.arange(0, R)
     columns_C, more_C = first_column + tl.arange(0, C), first_column + C + tl.arange(0, C)
@@ -182,15 +185,19 @@ def attention_map_tile_kernel(
         here_C = more_C if piece else columns_C
         # Position and causality are the same for all heads: one mask at the end. Rows that do not
         # exist have no weight.
-        exists_RC = ((here_C >= 0) & (here_C < length))[None, :]
+        inside_C = (here_C >= 0) & (here_C < length)
+        exists_RC = inside_C[None, :]
         if CAUSAL:
             exists_RC = exists_RC & (here_C[None, :] <= rows_R[:, None])
         mean_RC = tl.where(exists_RC, (more_RC if piece else sums_RC) * weights_R[:, None], 0.0)
         at, size = (row_tile, column_tile * PIECES + piece), (row_tiles, column_tiles * PIECES)
-        if CORNERS:
+        if SUMS == "corners":
             _corner_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, BLOCK, HALF)
-        else:
+        elif SUMS == "blocks":
             _block_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, length, BLOCK, HALF, REACH)
+        else:
+            inside_RC = (rows_R < length)[:, None] & inside_C[None, :]
+            _power_sums(tl.where(inside_RC, mean_RC - centre, 0.0), sums_ptr, at, size)
 
 
 @triton.jit
@@ -286,6 +293,20 @@ def _block_sums(
 
 
 @triton.jit
+def _power_sums(
+    difference_RC: tl.tensor,
+    sums_ptr: tl.tensor,  # (2, row tiles, column tiles) float32
+    at: tl.tuple,
+    size: tl.tuple,
+) -> None:
+    """Write the sums of the squares and of the cubes of a tile."""
+    place = sums_ptr + at[0].to(tl.int64) * size[1] + at[1]
+    square_RC = difference_RC * difference_RC
+    tl.store(place, tl.sum(square_RC))
+    tl.store(place + size[0].to(tl.int64) * size[1], tl.sum(square_RC * difference_RC))
+
+
+@triton.jit
 def _shifts(
     tokens: tl.tensor,
     block: tl.tensor,
@@ -327,8 +348,8 @@ def unsupported(request: MapRequest) -> str | None:
             f"the kernels take bf16, fp16 and fp32 with head_dim 1 to {_MAX_HEAD_DIM}; got "
             f"{q.dtype} and {k.dtype} with head_dim {q.shape[3]}"
         )
-    if request.block < _MIN_BLOCK:
-        return f"the kernels take blocks from {_MIN_BLOCK}; got {request.block}"
+    if request.block < MIN_BLOCK:
+        return f"the kernels take blocks from {MIN_BLOCK}; got {request.block}"
     interpreted = not isinstance(attention_map_tile_kernel, triton.JITFunction)
     if not (q.is_cuda or interpreted):
         return f"the kernels run on CUDA devices; the tensors are on {q.device}"
@@ -350,6 +371,24 @@ def block_sums_triton(request: MapRequest) -> Tensor:
     Products are in the inputs' dtype, scores, probabilities and the sums of a tile float32; tiles
     are added in float64. The request must be one that :func:`unsupported` has nothing against.
     """
+    softmax, tiles = choose_tiles(request.q)
+    sums = _Sums(request, tiles)
+    _launch(request, softmax, tiles, sums, 0.0)
+    return sums.add_up()
+
+
+def central_sums_triton(request: MapRequest, mean: float) -> Tensor:
+    """Return what ``central_sums_torch`` returns; precision as of :func:`block_sums_triton`."""
+    softmax, tiles = choose_tiles(request.q)
+    sums = _Sums(request, tiles, powers=True)
+    _launch(request, softmax, tiles, sums, mean)
+    return sums.parts.sum(dim=(1, 2), dtype=torch.float64)
+
+
+def _launch(
+    request: MapRequest, softmax: MapTiles, tiles: MapTiles, sums: _Sums, centre: float
+) -> None:
+    """Fill the parts of ``sums``."""
     q, k, scale = request.q.detach(), request.k.detach(), request.scale
     if scale <= 0.0:  # the kernels need one above 0
         q, scale = q * (-1.0 if scale < 0.0 else 0.0), -scale or 1.0
@@ -358,8 +397,6 @@ def block_sums_triton(request: MapRequest) -> Tensor:
     padding = request.key_padding_mask
     padding = None if padding is None else padding.contiguous().view(torch.uint8)
     top, inverse = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
-    softmax, tiles = choose_tiles(q)
-    sums = _Sums(request, tiles)
     strided = ((q, *q.stride()[:3]), (k, *k.stride()[:3]))
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     shape = (heads // k.shape[1], head_dim, padded_dim, request.causal)
@@ -371,46 +408,49 @@ def block_sums_triton(request: MapRequest) -> Tensor:
         )
         attention_map_tile_kernel[(sums.row_tiles * sums.column_tiles,)](
             *(*strided, top, inverse, padding, request.row_weights.float(), sums.parts),
-            *(batch, heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles),
+            *(batch, heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles, centre),
             *(*shape, tiles.rows, tiles.columns, tiles.pieces),
-            *(request.block, request.filter_size // 2, sums.corners, sums.reach),
+            *(sums.kind, sums.block, sums.half, sums.reach),
             **tiles.launch,
         )
-    return sums.add_up()
 
 
 class _Sums:
     """What the tile kernel writes for a request, and how it adds up to the block sums."""
 
-    def __init__(self, request: MapRequest, tiles: MapTiles) -> None:
+    def __init__(self, request: MapRequest, tiles: MapTiles, *, powers: bool = False) -> None:
         block, half = request.block, request.filter_size // 2
         self.block, self.half, self.n = block, half, -(-request.length // block)
         self.rows, self.columns = tiles.rows, tiles.columns
-        self.corners = (
-            block & (block - 1) == 0 and request.length % block == 0 and 2 * half <= block
-        )
+        corners = block & (block - 1) == 0 and request.length % block == 0 and 2 * half <= block
+        self.kind = "powers" if powers else "corners" if corners else "blocks"
         # Corners lie on both sides of the first and of the last block.
-        covered = request.length + block if self.corners else request.length
+        covered = request.length + (block if self.kind == "corners" else 0)
         self.row_tiles = triton.cdiv(covered, tiles.rows)
         self.column_tiles = triton.cdiv(covered, tiles.columns * tiles.pieces)
         pieces = self.column_tiles * tiles.pieces
         self.reach = min((max(tiles.rows, tiles.columns) + 2 * half - 2) // block + 2, self.n)
-        shape: tuple[int, ...] = (self.row_tiles, self.reach, pieces, self.reach)
-        if self.corners:
+        shape: tuple[int, ...]
+        if self.kind == "corners":
             groups = [max(1, side // block) for side in (tiles.rows, tiles.columns)]
             shape = (4, self.row_tiles * groups[0], pieces * groups[1])
+        elif self.kind == "blocks":
+            shape = (self.row_tiles, self.reach, pieces, self.reach)
+        else:
+            shape = (2, self.row_tiles, pieces)
         self.parts = torch.empty(shape, dtype=torch.float32, device=request.q.device)
 
     def add_up(self) -> Tensor:
         """Return the block sums, (n, n) float64."""
-        if not self.corners:
+        if self.kind == "blocks":
             into_rows, into_columns = self._chosen(self.rows, 0), self._chosen(self.columns, 2)
             parts = self.parts.flatten(2).flatten(0, 1).to(torch.float64)
             return into_rows @ parts @ into_columns.T
         n = self.n
-        lower_right, lower_left, upper_right, upper_left = (self._at_corners(i) for i in range(4))
-        total = lower_right[:n, :n] + lower_left[:n, 1:]
-        return total + upper_right[1:, :n] + upper_left[1:, 1:]
+        # A block is the lower right one at its first corner, the lower left one at the next, …
+        total = self._at_corners(0)[:n, :n] + self._at_corners(1)[:n, 1:]
+        total += self._at_corners(2)[1:, :n]
+        return total.add_(self._at_corners(3)[1:, 1:])
 
     def _at_corners(self, quarter: int) -> Tensor:
         """Return what each corner gives to one of its blocks, (n + 1, n + 1) float64."""

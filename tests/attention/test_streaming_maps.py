@@ -318,6 +318,20 @@ def test_triton_takes_scales_of_any_sign(scale, device):
 
 
 @needs_triton
+@pytest.mark.parametrize(("causal", "padding"), [(False, "none"), (True, "holes")])
+def test_triton_sums_powers(causal, padding, device):
+    from spion_ds.attention import triton_maps
+
+    request = request_of(70, 16, 1, causal, padding)
+    expected = streaming_maps.central_sums_torch(in_float64(request), 0.01)
+    moved = MapRequest(*(x.to(device) if isinstance(x, Tensor) else x for x in request))
+    found = triton_maps.central_sums_triton(moved, 0.01)
+    assert found.dtype == torch.float64
+    # Cubes triple an entry's error.
+    assert relative_error(found.cpu(), expected) < 10 * FLOAT32_TOLERANCE
+
+
+@needs_triton
 def test_triton_says_what_it_cannot_do():
     from spion_ds.attention import triton_maps
 
