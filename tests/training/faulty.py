@@ -90,8 +90,7 @@ def run(values: dict[str, Any]) -> None:
         train(TrainOptions(**values))
 
 
-def main() -> int:
-    plan = Path(sys.argv[-1])
+def main(plan: Path) -> int:
     sessions = json.loads(plan.read_text())
     if len(sessions) == 1:  # as launch/train.py does it
         return run_command(lambda: run(sessions[0]))
@@ -110,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    end_process(main(Path(sys.argv[-1])))
