@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,8 @@ def act(kind: str, result: Callable[[], Any]) -> Any:
         signal.pause()
     if kind == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "unplug":  # the host's network, in its namespace
+        subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
     if kind == "crash":
         raise RuntimeError("a fault was put here")
     if kind == "full":
