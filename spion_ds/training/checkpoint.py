@@ -210,9 +210,11 @@ def _writing(root: Path, work: Callable[[], None]) -> None:
 
 def _raise_first(root: Path, failures: list[str]) -> None:
     if failures:
+        # A writer of PyTorch's does not say that the disk is full.
+        free = f"{shutil.disk_usage(root).free / 2**20:,.1f} MiB are free there"
         raise CheckpointError(
-            f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; the ones "
-            "before it are untouched: make room, and go on with --resume"
+            f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; {free}; the "
+            "ones before it are untouched: make room, and go on with --resume"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -89,6 +90,8 @@ class EvaluateOptions:
 def run_command(command: Callable[[], object]) -> int:
     """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
 
+    An OSError is printed by the rank that met it.
+
     The codes: 0 done, 2 an error to mend, 3 another rank was lost, 75 stopped by a signal with a
     checkpoint.
     """
@@ -96,6 +99,9 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except Stopped:
         return STOPPED_EXIT
+    except OSError as error:  # no space, no permission: said by the rank that met it
+        print(f"\nerror: {_os_error(error)}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT
     except SpionError as error:
         lost = isinstance(error, LostRankError)
         if discover_ranks().is_first or (lost and speaks(discover_ranks(), str(error))):
@@ -105,6 +111,13 @@ def run_command(command: Callable[[], object]) -> int:
     finally:
         leave()
     return 0
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "; make room, and go on with --resume, from the last checkpoint" if full else ""
+    return f"{where}{error.strerror or error}{advice}"
 
 
 def train(options: TrainOptions) -> None:
