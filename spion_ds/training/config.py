@@ -26,6 +26,7 @@ from spion_ds.sparsity.block import DEFAULT_MODE, MODES, merge_sparse_attention,
 from spion_ds.training.acceleration import check_acceleration
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
+from spion_ds.training.strict_files import parse_yaml, read_json, read_yaml
 
 RULES = ("distance", "fixed")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -258,12 +259,12 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     if name in recipe_names():
         text = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml").read_text()
-        return {"recipe": name, **_parse_yaml(text, name)}
+        return {"recipe": name, **parse_yaml(text, f"recipe {name!r}")}
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"there is no recipe file {name!r}; give its path from here")
-        return {"recipe": path.stem, **_parse_yaml(path.read_text(), name)}
+        return {"recipe": path.stem, **read_yaml(path, f"recipe {name!r}")}
     raise ConfigError(unknown_name("recipe", name, recipe_names()) + "; or give a .yaml file")
 
 
@@ -275,15 +276,7 @@ def read_deepspeed_json(path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--ds_config {path!r} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--ds_config {path!r} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--ds_config {path!r} is not a JSON object")
-    return values
+    return read_json(Path(path), f"--ds_config {path!r}")
 
 
 def build_run_config(
@@ -389,13 +382,3 @@ def _dotted_keys() -> list[str]:
         *(f"{s}.{f.name}" for s, cls in _SECTIONS.items() for f in dataclasses.fields(cls)),
         *sorted(keys),
     ]
-
-
-def _parse_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name!r} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name!r} is not a YAML mapping")
-    return values

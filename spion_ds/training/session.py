@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from spion_ds.data import Dataset, Split, get_task
@@ -26,11 +27,13 @@ from spion_ds.training.config import (
     read_deepspeed_json,
     read_recipe,
 )
+from spion_ds.training.deepspeed_config import check_with_deepspeed
 from spion_ds.training.evaluation import Evaluation, evaluate, load_model
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
 from spion_ds.training.resuming import Resume, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
+from spion_ds.training.strict_files import read_yaml
 from spion_ds.training.summary import summary_table
 from spion_ds.training.trainer import Trainer
 from spion_ds.training.watch import LOST_RANK_EXIT, LostRankError, Watch, speaks
@@ -90,7 +93,7 @@ class EvaluateOptions:
 def run_command(command: Callable[[], object]) -> int:
     """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
 
-    An OSError is printed by the rank that met it.
+    What the machine could not give (files, memory) is said by the rank that met it.
 
     The codes: 0 done, 2 an error to mend, 3 another rank was lost, 75 stopped by a signal with a
     checkpoint.
@@ -99,25 +102,39 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except Stopped:
         return STOPPED_EXIT
-    except OSError as error:  # no space, no permission: said by the rank that met it
-        print(f"\nerror: {_os_error(error)}", file=sys.stderr, flush=True)
-        return USER_ERROR_EXIT
     except SpionError as error:
         lost = isinstance(error, LostRankError)
         if discover_ranks().is_first or (lost and speaks(discover_ranks(), str(error))):
             line = "\n" if lost else ""  # a progress bar may stand on this one
             print(f"{line}error: {error}", file=sys.stderr, flush=True)
         return LOST_RANK_EXIT if lost else USER_ERROR_EXIT
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = _of_the_machine(error)
+        if told is None:
+            raise
+        print(f"\nerror: {told}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT
     finally:
         leave()
     return 0
 
 
-def _os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename is not None else ""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "; make room, and go on with --resume, from the last checkpoint" if full else ""
-    return f"{where}{error.strerror or error}{advice}"
+def _of_the_machine(error: Exception) -> str | None:
+    """Return a sentence for an error that the machine's limits explain, None for any other."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; make room, and go on with --resume, from the last checkpoint" if full else ""
+        return f"{where}{error.strerror or error}{advice}"
+    # PyTorch has no type of its own for a CPU that is out of memory.
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "can't allocate memory" in str(error):
+        return (
+            f"rank {discover_ranks().rank} is out of memory "
+            f"({(str(error) or 'RAM').splitlines()[0]}); set a smaller "
+            "training.micro_batch_size, model.activation_checkpointing=true or offload with ZeRO"
+        )
+    return None
 
 
 def train(options: TrainOptions) -> None:
@@ -220,6 +237,10 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
         world_size=ranks.world_size,
         device_type=ranks.device.type,
     )
+    name = config.recipe if options.run_name is None else options.run_name
+    if name != Path(name).name or name in ("", ".."):
+        raise ConfigError(f"--run_name is {name!r}; allowed: a folder's name, in --run_dir")
+    check_with_deepspeed(config.resolved)
     if checkpoint is not None:
         state, run = load_state(checkpoint)
         plan_resume(checkpoint, run, config, ranks)
@@ -270,10 +291,10 @@ def _verify(options: TrainOptions, config: RunConfig, ranks: Ranks, agreement: A
 def _saved_recipe(checkpoint: Path) -> dict[str, Any]:
     saved = checkpoint.parent.parent / "config.yaml"
     try:
-        return yaml.safe_load(saved.read_text())
-    except OSError as error:
+        return read_yaml(saved, str(saved))
+    except ConfigError as error:
         raise CheckpointError(
-            f"{saved} is missing, so the run's configuration is unknown; name it with --recipe"
+            f"{error}; so the run's configuration is unknown: name it with --recipe"
         ) from error
 
 

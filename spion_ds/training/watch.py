@@ -83,7 +83,8 @@ class Watch:
             elif _lost_contact(error, trace):
                 raise LostRankError(self._cause()) from error
             else:
-                self._report(f"rank {self.ranks.rank} failed: {type(error).__name__}: {error}")
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._report(f"rank {self.ranks.rank} failed: {what}")
         finally:
             self._left.set()
             self._thread.join(self.timeout)  # it may hear nothing of a store that is cut off
