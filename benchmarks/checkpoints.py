@@ -44,6 +44,7 @@ SHORT = [
 
 
 def main() -> int:
+    """Train and report; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="listops")
     parser.add_argument("--ds_config")
