@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.training.ranks import import_deepspeed
 
@@ -79,8 +81,9 @@ def check_with_deepspeed(resolved: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     # It takes this process for the only one as long as there is no process group.
-    alone = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"]
-    noted = _Noted({**copy.deepcopy(resolved), "train_batch_size": alone})
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    share = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"]
+    noted = _Noted({**copy.deepcopy(resolved), "train_batch_size": share * world})
     try:
         DeepSpeedConfig(noted)
     except Exception as error:  # pydantic's, assertions, and whatever its readers stumble on

@@ -30,7 +30,12 @@ from spion_ds.training.checkpoint_files import (
     write_pointer,
 )
 from spion_ds.training.config import RunConfig
-from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
+from spion_ds.training.coordinator import (
+    CoordinationError,
+    Coordinator,
+    PatternError,
+    layouts_digest,
+)
 from spion_ds.training.deepspeed_config import with_universal_checkpoint
 from spion_ds.training.evaluation import build_model, evaluate, set_masks, static_mask
 from spion_ds.training.optimizer_hooks import clip_by_value, step_unless
@@ -245,6 +250,10 @@ class Trainer:
         try:
             decision = self.coordinator.check(observed, force=force)
         except CoordinationError as error:
+            if isinstance(error, PatternError) and self.config.training.on_nonfinite == "skip":
+                self.log.row(state.step, "skipped", parts="the attention maps")
+                self.log.say(f"step {state.step}: {error}; the check is skipped")
+                return
             raise TrainingError(f"step {state.step}: {error}") from error
         if decision.report is not None:
             self.log.row(
