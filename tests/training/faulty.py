@@ -54,6 +54,8 @@ def act(fault: dict[str, Any], result: Callable[[], Any]) -> Any:
         signal.pause()
     if kind == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "usr1":
+        os.kill(os.getpid(), signal.SIGUSR1)
     if kind == "unplug":  # the host's network, in its namespace
         subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
     if kind == "fill":  # the disk, but for some bytes
