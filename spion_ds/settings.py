@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -77,7 +78,8 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is bool:
         return value if isinstance(value, bool) else _NO
     if hint is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _NO
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return value if whole and abs(value) < 2**31 else _NO
     if hint is float:
         return _to_float(value)
     if hint is str:
@@ -98,9 +100,10 @@ def _to_float(value: Any) -> Any:
     # YAML 1.1 reads 1e-4 (no dot) as a string.
     if isinstance(value, int | float | str):
         try:
-            return float(value)
-        except ValueError:
+            number = float(value)
+        except (ValueError, OverflowError):
             return _NO
+        return number if math.isfinite(number) else _NO
     return _NO
 
 
@@ -109,7 +112,12 @@ def _is_union(hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {
+        int: "a whole number below 2^31",
+        float: "a finite number",
+        bool: "true or false",
+        str: "text",
+    }
     names[type(None)] = "null"
     if typing.get_origin(hint) is tuple:
         return f"a list, of {_describe(typing.get_args(hint)[0])} each"

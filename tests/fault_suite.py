@@ -1,22 +1,34 @@
 """Kills ranks at random moments, goes on, and compares with runs that were left alone.
 
-    python -m tests.fault_suite --kills 20 --seed 0
+    python -m tests.fault_suite --kills 20 --seed 0 --jobs 2 --log kills.txt
 
 Each case trains the tests' recipe on 2 to 4 CPU ranks at a random ZeRO stage. One random rank gets
 kill -9 at a random call of a random place, or after a random time. The others must end with exit
-code 3 and name it. Then the run goes on with --resume auto; its losses, masks, evaluations and
-test accuracy must be, bit for bit, those of the same ranks and stage undisturbed.
+code 3 and name it, without a traceback. Then new processes go on with --resume auto; the losses,
+masks, evaluations and test accuracy must be, bit for bit, those of the same ranks and stage
+undisturbed, and no more steps are taken again than lie between two checkpoints.
+
+Ranks are forked from a process that has imported everything, which costs a quarter of starting
+Python anew; from there on they do what launch/train.py does. The cases run side by side, --jobs at
+a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import platform
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +36,26 @@ from tests.training.launching import (
     LIMIT_SECONDS,
     TINY,
     digest,
+    environment,
     losses,
     rows,
     session,
-    start_ranks,
     summary,
 )
 
-FAULTY = str(Path(__file__).parent / "training" / "faulty.py")
-STAGES = (0, 1, 2, 3)
-# Batches of 12 divide over 2, 3 and 4 ranks; a rank is missed within seconds.
+RANKS, STAGES = (2, 3, 4), (0, 1, 2, 3)
+CHECKPOINT_EVERY = 2
+# Batches of 12 divide over 2, 3 and 4 ranks. A killed rank is mostly missed at once, by its closed
+# connections; the timeout only has to be longer than the longest pause of a rank that lives, which
+# is a second at most where there is a core a rank, times the ranks that share one.
 OVERRIDES = [
     "training.batch_size=12",
-    "training.checkpoint_every=2",
-    "training.rank_timeout_seconds=5",
+    f"training.checkpoint_every={CHECKPOINT_EVERY}",
+    "training.rank_timeout_seconds=15",
 ]
 # Place → its calls in an undisturbed run of 12 steps, which switches after the 6th.
 DENSE, SPARSE = range(1, 7), range(7, 13)
-MOMENTS = {
+PLACES = {
     "dense phase": ("step", DENSE),
     "sparse phase": ("step", SPARSE),
     "check step": ("map", range(1, 7)),
@@ -56,145 +70,332 @@ MOMENTS = {
 # These happen on rank 0 alone.
 FIRST_RANK_ONLY = ("checkpoint write", "checkpoint rename", "checkpoint removal")
 ANY_TIME = "any time"
+# Below the ports that the kernel gives away: nobody else gets one between two starts.
+FIRST_PORT, LAST_PORT = 15000, 32000
 
 
-def values_of(name: str, stage: int, **more: Any) -> dict[str, Any]:
-    """Return a session that goes on with run ``name`` or starts it."""
-    plain = {"run_name": name, "resume": "auto", "recipe": str(TINY), "overrides": OVERRIDES}
-    return {**plain, "stage": stage, **more}
+@dataclass(frozen=True)
+class Case:
+    """A rank to kill: at the ``at``-th call of a place, or at a share of the run's time."""
+
+    number: int
+    ranks: int
+    stage: int
+    place: str
+    rank: int
+    at: float
+
+    @property
+    def name(self) -> str:
+        return f"kill{self.number:03d}"
+
+    @property
+    def fault(self) -> dict[str, Any] | None:
+        if self.place == ANY_TIME:
+            return None
+        return {"kind": "kill", "place": PLACES[self.place][0], "rank": self.rank, "at": self.at}
+
+    def __str__(self) -> str:
+        when = f"{self.at:.0%} of its time" if self.place == ANY_TIME else f"{self.place} {self.at}"
+        return f"{self.name}: rank {self.rank} of {self.ranks}, ZeRO {self.stage}, {when}"
 
 
-def run_sessions(folder: Path, name: str, ranks: int, sessions: list[dict[str, Any]]) -> list[str]:
-    """Run sessions in one process group to their ends and return those, as rank 0 wrote them."""
-    plan = folder / f"{name}.json"
-    plan.write_text(json.dumps([session(folder, **values) for values in sessions]))
-    log = folder / f"{name}.log"
-    for process in start_ranks(ranks, [FAULTY, str(plan)], folder, log):
-        if process.wait(LIMIT_SECONDS * len(sessions)):
-            raise SystemExit(f"a rank failed:\n{log.read_text()[-5000:]}")
-    return [json.loads(line) for line in plan.with_suffix(".0").read_text().splitlines()]
+@dataclass
+class Outcome:
+    """What was seen of a case.
+
+    Attributes:
+        killed: whether the kill came before the rank had ended.
+        codes: exit codes of all ranks.
+        ended_seconds: from the kill to the end of the last rank.
+        reached: the last step that was logged.
+        lost: how many logged steps had to be taken again.
+        error: what the user was told.
+        wrong: what is not as promised.
+        seconds: of the whole case, until the run that went on had ended.
+    """
+
+    killed: bool
+    codes: list[int | None]
+    ended_seconds: float
+    reached: int
+    lost: int
+    error: str
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
-def draw(generator: random.Random, number: int) -> dict[str, Any]:
-    """Return a case: ranks, stage, victim and moment."""
-    moment = generator.choice([*MOMENTS, ANY_TIME])
-    ranks = generator.choice((2, 3, 4))
-    rank = 0 if moment in FIRST_RANK_ONLY else generator.randrange(ranks)
-    case = {"name": f"kill{number}", "ranks": ranks, "stage": generator.choice(STAGES)}
-    case |= {"moment": moment, "rank": rank, "seconds": generator.uniform(0.0, 8.0)}
-    if moment != ANY_TIME:
-        place, calls = MOMENTS[moment]
-        case["fault"] = {
-            "kind": "kill",
-            "place": place,
-            "rank": rank,
-            "at": generator.choice(calls),
-        }
-    return case
+def draw(generator: random.Random, number: int) -> Case:
+    """Return a random case."""
+    place = generator.choice([*PLACES, ANY_TIME])
+    ranks, stage = generator.choice(RANKS), generator.choice(STAGES)
+    rank = 0 if place in FIRST_RANK_ONLY else generator.randrange(ranks)
+    at = generator.random() if place == ANY_TIME else generator.choice(PLACES[place][1])
+    return Case(number, ranks, stage, place, rank, at)
 
 
-def kill(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """Run a case until it is over, and return what was seen."""
-    plan, log = folder / f"{case['name']}.json", folder / f"{case['name']}.log"
-    values = values_of(case["name"], case["stage"], fault=case.get("fault"))
+def preload() -> None:
+    """Import once what all ranks need, on the CPU and with one thread a rank."""
+    os.environ.update(environment())
+    from spion_ds.extension import operators_available
+    from spion_ds.training.ranks import import_deepspeed
+    from tests.training import faulty  # noqa: F401
+
+    import_deepspeed()
+    operators_available()
+
+
+def be_rank(rank: int, ranks: int, port: int, plan: Path, log: Path) -> None:
+    """Be one of the ranks, in a process of its own, to the end of that process."""
+    from spion_ds.training.ranks import end_process
+    from tests.training.faulty import main
+
+    with log.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    end_process(main(plan))
+
+
+def start(folder: Path, name: str, ranks: int, port: int, **values: Any) -> list[BaseProcess]:
+    """Start the ranks of a session; their output goes to ``folder/<name>.log``."""
+    plan, log = folder / f"{name}.json", folder / f"{name}.log"
     plan.write_text(json.dumps([session(folder, **values)]))
-    processes = start_ranks(case["ranks"], [FAULTY, str(plan)], folder, log)
-    victim = processes[case["rank"]]
-    run = folder / "runs" / case["name"]
-    if case["moment"] == ANY_TIME:
-        while victim.poll() is None and not run.is_dir():
-            time.sleep(0.05)
-        time.sleep(case["seconds"])
-        victim.kill()
-    victim.wait(LIMIT_SECONDS)
-    died = time.monotonic()
-    codes = [process.wait(LIMIT_SECONDS) for process in processes]
-    latest = run / "checkpoints" / "latest"
-    saved = int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
-    seen = max(losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
-    error = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=be_rank, args=(rank, ranks, port, plan, log)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes: list[BaseProcess]) -> list[int | None]:
+    """Wait for all ranks and return their exit codes; None for one that hangs, and is killed."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def run_name_values(name: str, stage: int) -> dict[str, Any]:
+    """Return a session that goes on with run ``name`` or starts it."""
     return {
-        "killed": codes[case["rank"]] == -9,
-        "finished": (run / "summary.json").exists(),
-        "codes": codes,
-        "seconds": time.monotonic() - died,
-        "lost": max(seen - saved, 0),
-        "error": error[0] if error else "",
+        "run_name": name,
+        "resume": "auto",
+        "recipe": str(TINY),
+        "overrides": OVERRIDES,
+        "stage": stage,
     }
 
 
-def problems(run: Path, undisturbed: Path, case: dict[str, Any], seen: dict[str, Any]) -> list[str]:
-    """Return what is not as promised."""
-    found = []
+def run_whole(folder: Path, ranks: int, stage: int) -> float:
+    """Run undisturbed, and return the seconds from the run's folder to its end."""
+    name = f"whole{ranks}-{stage}"
+    port = FIRST_PORT - 1 - ranks * len(STAGES) - stage
+    processes = start(folder, name, ranks, port, **run_name_values(name, stage))
+    began = wait_for_run(folder / "runs" / name, processes[0])
+    if any(end(processes)):
+        raise SystemExit(f"an undisturbed run failed:\n{(folder / f'{name}.log').read_text()}")
+    return time.monotonic() - began
+
+
+def wait_for_run(run: Path, process: BaseProcess) -> float:
+    """Return when the run's folder appeared, or its process ended."""
+    while process.is_alive() and not run.is_dir():
+        time.sleep(0.02)
+    return time.monotonic()
+
+
+def run_case(folder: Path, case: Case, whole_seconds: float) -> Outcome:
+    """Kill a rank, go on, compare."""
+    began = time.monotonic()
+    values = run_name_values(case.name, case.stage)
+    port = FIRST_PORT + 2 * case.number % (LAST_PORT - FIRST_PORT)
+    processes = start(folder, case.name, case.ranks, port, **values, fault=case.fault)
+    victim, run = processes[case.rank], folder / "runs" / case.name
+    if case.place == ANY_TIME:
+        wait_for_run(run, victim)
+        victim.join(case.at * whole_seconds)
+        victim.kill()
+    victim.join(LIMIT_SECONDS)
+    died = time.monotonic()
+    codes = end(processes)
+    outcome = see(folder, case, codes, time.monotonic() - died)
+    resumed = end(start(folder, f"{case.name}-on", case.ranks, port + 1, **values))
+    if any(resumed):
+        log = (folder / f"{case.name}-on.log").read_text()
+        outcome.wrong.append(f"went on to exit codes {resumed}:\n{log[-3000:]}")
+    else:
+        outcome.wrong += differences(run, folder / "runs" / f"whole{case.ranks}-{case.stage}")
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def see(folder: Path, case: Case, codes: list[int | None], ended_seconds: float) -> Outcome:
+    """Return what a killed rank left, and what is wrong about it."""
+    run, log = folder / "runs" / case.name, (folder / f"{case.name}.log").read_text()
+    latest = run / "checkpoints" / "latest"
+    saved = int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
+    reached = max(losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    error = errors[0] if errors else ""
+    killed, lost = codes[case.rank] == -9, max(reached - saved, 0)
+    outcome = Outcome(killed, codes, ended_seconds, reached, lost, error)
+    others = {code for rank, code in enumerate(codes) if rank != case.rank}
     # Killed after its work was done, it is missed by nobody.
-    if seen["killed"] and not seen["finished"]:
-        others = [code for rank, code in enumerate(seen["codes"]) if rank != case["rank"]]
-        if set(others) != {3}:
-            found.append(f"exit codes {seen['codes']}")
-        if f"rank {case['rank']} " not in seen["error"]:
-            found.append(f"said {seen['error']!r}")
-    ours, theirs = losses(run), losses(undisturbed)
+    finished = (run / "summary.json").exists()
+    if killed and not (finished and others == {0}):
+        if others != {3}:
+            outcome.wrong.append(f"exit codes {codes}")
+        if f"rank {case.rank} " not in error:
+            outcome.wrong.append(f"said {error!r}")
+    if "Traceback" in log:
+        outcome.wrong.append(f"a traceback:\n{log[-3000:]}")
+    if lost > CHECKPOINT_EVERY:
+        outcome.wrong.append(f"{lost} steps lost")
+    return outcome
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    """Return in what a run that went on is another one than the undisturbed."""
+    found = []
+    ours, theirs = losses(run), losses(whole)
     if ours != theirs:
         steps = [step for step in theirs if ours.get(step) != theirs[step]]
         found.append(f"other losses in steps {steps}: {ours} and {theirs}")
-    if digest(run) != digest(undisturbed):
+    if digest(run) != digest(whole):
         found.append("other masks")
-    if rows(run, "validation") != rows(undisturbed, "validation"):
+    if rows(run, "validation") != rows(whole, "validation"):
         found.append("other evaluations")
-    if summary(run)["test_accuracy"] != summary(undisturbed)["test_accuracy"]:
+    if summary(run)["test_accuracy"] != summary(whole)["test_accuracy"]:
         found.append("another test accuracy")
     return found
 
 
+def run_all(
+    folder: Path, kills: int, seed: int, jobs: int, say: Callable[[str], None]
+) -> list[tuple[Case, Outcome]]:
+    """Run cases until ``kills`` ranks were killed; one that had ended by then does not count."""
+    generator, done = random.Random(seed), []
+    kinds = [(ranks, stage) for ranks in RANKS for stage in STAGES]
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, mp_context=fork) as pool:
+        waiting = [pool.submit(run_whole, folder, *kind) for kind in kinds]
+        seconds = dict(zip(kinds, [result.result() for result in waiting], strict=True))
+        say(f"{len(kinds)} undisturbed runs took {min(seconds.values()):.1f} to "
+            f"{max(seconds.values()):.1f} s each")  # fmt: skip
+        while (missing := kills - sum(outcome.killed for _, outcome in done)) > 0:
+            cases = [draw(generator, len(done) + number) for number in range(missing)]
+            results = [
+                pool.submit(run_case, folder, case, seconds[case.ranks, case.stage])
+                for case in cases
+            ]
+            for case, result in zip(cases, results, strict=True):
+                try:
+                    outcome = result.result()
+                except Exception as error:  # the other cases still count
+                    outcome = Outcome(True, [], 0.0, 0, 0, "", [repr(error)])
+                done.append((case, outcome))
+                say(line(case, outcome))
+    return done
+
+
+def line(case: Case, outcome: Outcome) -> str:
+    """Return a case in one line, and more only of one that went wrong."""
+    text = f"{case}: " + (
+        f"after step {outcome.reached}; the others ended in {outcome.ended_seconds:.1f} s, "
+        f"{outcome.lost} step(s) taken again; {outcome.error[:100]}"
+        if outcome.killed
+        else "had ended before the kill"
+    )
+    verdict = "NOT AS PROMISED: " + "; ".join(outcome.wrong) if outcome.wrong else "as promised"
+    return f"{text} [{outcome.seconds:.0f} s] {verdict}"
+
+
+def table(done: list[tuple[Case, Outcome]]) -> list[str]:
+    """Return the summary: what was injected where, what was lost, how the others ended."""
+    killed = [pair for pair in done if pair[1].killed]
+    bad = [pair for pair in done if pair[1].wrong]
+    lines = ["| killed in | kills | of rank 0 | steps taken again | others ended within |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for place in [*PLACES, ANY_TIME]:
+        here = [pair for pair in killed if pair[0].place == place]
+        if here:
+            first = sum(case.rank == 0 for case, _ in here)
+            lost = Counter(outcome.lost for _, outcome in here)
+            spread = ", ".join(f"{count} × {steps}" for steps, count in sorted(lost.items()))
+            slowest = max(outcome.ended_seconds for _, outcome in here)
+            lines.append(f"| {place} | {len(here)} | {first} | {spread} | {slowest:.1f} s |")
+    codes = Counter(
+        code
+        for case, outcome in killed
+        for rank, code in enumerate(outcome.codes)
+        if rank != case.rank
+    )
+    ranks = Counter(case.ranks for case, _ in killed)
+    stages = Counter(case.stage for case, _ in killed)
+    lines += [
+        "",
+        f"{len(done)} cases, {len(killed)} ranks killed; "
+        + ", ".join(f"{count} of {n} ranks" for n, count in sorted(ranks.items()))
+        + "; "
+        + ", ".join(f"{count} at ZeRO {stage}" for stage, count in sorted(stages.items())),
+        f"exit codes of the others (3: another rank was lost): {dict(codes)}",
+        f"steps taken again: {sum(outcome.lost for _, outcome in killed)} in all, at most "
+        f"{max((outcome.lost for _, outcome in killed), default=0)} a kill; a checkpoint every "
+        f"{CHECKPOINT_EVERY}",
+        f"the others ended within "
+        f"{max((outcome.ended_seconds for _, outcome in killed), default=0.0):.1f} s",
+        f"{len(done) - len(bad)} as promised, {len(bad)} not",
+    ]
+    return lines
+
+
+def versions() -> str:
+    import deepspeed
+    import torch
+
+    return (
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}, "
+        f"DeepSpeed {deepspeed.__version__}, {len(os.sched_getaffinity(0))} cores"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=20, help="ranks to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, of 2 to 4 ranks each")
+    parser.add_argument("--log", type=Path, help="file that gets what is printed")
     options = parser.parse_args()
-    generator = random.Random(options.seed)
-    cases = [draw(generator, number) for number in range(options.kills)]
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        if options.log is not None:
+            with options.log.open("a") as file:
+                file.write(f"{text}\n")
+
+    began = time.monotonic()
+    preload()
+    say(
+        f"fault suite: {options.kills} kills, seed {options.seed}, {options.jobs} job(s); "
+        f"{versions()}"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "runs").mkdir()
-        seen = {}
-        for case in cases:
-            seen[case["name"]] = result = kill(folder, case)
-            at = case.get("fault", {}).get("at", f"{case['seconds']:.1f} s")
-            print(
-                f"{case['name']}: rank {case['rank']} of {case['ranks']}, ZeRO {case['stage']}, "
-                f"{case['moment']} {at}: others ended after {result['seconds']:.1f} s, "
-                f"{result['lost']} step(s) to take again; {result['error'][:120]}",
-                flush=True,
-            )
-        failures: dict[str, list[str]] = {}
-        for ranks in sorted({case["ranks"] for case in cases}):
-            ours = [case for case in cases if case["ranks"] == ranks]
-            stages = {case["stage"] for case in ours}
-            sessions = [values_of(f"whole{ranks}-{stage}", stage) for stage in stages]
-            sessions += [values_of(case["name"], case["stage"]) for case in ours]
-            # ZeRO-3 comes last: DeepSpeed replaces F.linear for the rest of the process, by one
-            # that rounds differently.
-            sessions.sort(key=lambda values: values["stage"])
-            ends = run_sessions(folder, f"resume{ranks}", ranks, sessions)
-            ended = dict(zip([values["run_name"] for values in sessions], ends, strict=True))
-            for case in ours:
-                name, whole = case["name"], f"whole{ranks}-{case['stage']}"
-                if ended[name] != "finished":
-                    failures[name] = [ended[name]]
-                else:
-                    runs = folder / "runs"
-                    failures[name] = problems(runs / name, runs / whole, case, seen[name])
-    bad = {name: found for name, found in failures.items() if found}
-    for name, found in bad.items():
-        print(f"{name}: {'; '.join(found)}")
-    killed = [result for result in seen.values() if result["killed"]]
-    moments = Counter(case["moment"] for case in cases if seen[case["name"]]["killed"])
-    print(f"{len(cases)} cases, {len(killed)} ranks killed: {dict(moments)}")
-    slowest = max((result["seconds"] for result in killed), default=0.0)
-    print(f"steps taken again: {sum(result['lost'] for result in killed)}")
-    print(f"the others ended within {slowest:.1f} s")
-    print(f"{len(cases) - len(bad)} as promised, {len(bad)} not")
-    return 1 if bad else 0
+        done = run_all(folder, options.kills, options.seed, options.jobs, say)
+    for text in table(done):
+        say(text)
+    say(f"took {time.monotonic() - began:.0f} s")
+    return 1 if any(outcome.wrong for _, outcome in done) else 0
 
 
 if __name__ == "__main__":

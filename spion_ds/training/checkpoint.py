@@ -130,12 +130,17 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         raise CheckpointError(
             f"{folder / 'state.pt'} is not a spion_ds checkpoint of format {FORMAT}"
         )
-    packed = values.pop("masks")
-    state = TrainingState(**values["state"])
-    if packed is not None:
-        shape = tuple(packed["shape"])
-        state.masks = [unpack_mask(bytes(bits.tolist()), shape) for bits in packed["bits"]]
-    return state, values["run"]
+    try:
+        packed = values.pop("masks")
+        state = TrainingState(**values["state"])
+        if packed is not None:
+            shape = tuple(packed["shape"])
+            state.masks = [unpack_mask(bytes(bits.tolist()), shape) for bits in packed["bits"]]
+        return state, values["run"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / 'state.pt'} does not hold a training state ({_first_line(error)})"
+        ) from error
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -188,9 +193,13 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} is missing; use another checkpoint") from error
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({str(error).splitlines()[0]}); use another "
+            f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another "
             "checkpoint of the run"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _start_anew(folder: Path) -> None:
@@ -213,9 +222,11 @@ def _writing(root: Path, work: Callable[[], None]) -> None:
 
 def _raise_first(root: Path, failures: list[str]) -> None:
     if failures:
+        # A writer of PyTorch's does not say that the disk is full.
+        free = f"{shutil.disk_usage(root).free / 2**20:,.1f} MiB are free there"
         raise CheckpointError(
-            f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; the ones "
-            "before it are untouched: make room, and go on with --resume"
+            f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; {free}; the "
+            "ones before it are untouched: make room, and go on with --resume"
         )
 
 

@@ -27,6 +27,7 @@ from spion_ds.training.acceleration import check_acceleration
 from spion_ds.training.augmentation import AUGMENTED_TASKS
 from spion_ds.training.deepspeed_config import BatchSizes, resolve_deepspeed_config, zero_stage
 from spion_ds.training.schedule import OneCycle
+from spion_ds.training.strict_files import parse_yaml, read_json, read_yaml
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -303,7 +304,8 @@ def read_attention(name: str) -> dict[str, Any]:
     """
     if name not in attention_names():
         raise ConfigError(unknown_name("--attention", name, attention_names()))
-    return _parse_yaml(_attention_folder().joinpath(f"{name}.yaml").read_text(), name)
+    text = _attention_folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_yaml(text, f"the attention {name!r}")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -314,12 +316,12 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     if name in recipe_names():
         text = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml").read_text()
-        return {"recipe": name, **_parse_yaml(text, name)}
+        return {"recipe": name, **parse_yaml(text, f"recipe {name!r}")}
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"there is no recipe file {name!r}; give its path from here")
-        return {"recipe": path.stem, **_parse_yaml(path.read_text(), name)}
+        return {"recipe": path.stem, **read_yaml(path, f"recipe {name!r}")}
     raise ConfigError(unknown_name("recipe", name, recipe_names()) + "; or give a .yaml file")
 
 
@@ -331,15 +333,7 @@ def read_deepspeed_json(path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--ds_config {path!r} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--ds_config {path!r} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--ds_config {path!r} is not a JSON object")
-    return values
+    return read_json(Path(path), f"--ds_config {path!r}")
 
 
 def build_run_config(
@@ -509,13 +503,3 @@ def _for_task(block: Mapping[str, Any], task: str) -> dict[str, Any]:
         for key, value in block.items()
         if not isinstance(value, Mapping) or task in value
     }
-
-
-def _parse_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name!r} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name!r} is not a YAML mapping")
-    return values

@@ -26,6 +26,10 @@ class CoordinationError(SpionError, RuntimeError):
     """Rank 0 could not decide, or a rank received something else than rank 0 sent."""
 
 
+class PatternError(CoordinationError):
+    """Rank 0 could not make patterns of the maps: one is not finite."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """What rank 0 decided at a check.
@@ -137,7 +141,7 @@ class Coordinator:
             return None, ""
         if status == _FAILED:
             text = body.rstrip(b"\0").decode(errors="replace")
-            raise CoordinationError(f"rank 0 could not make the patterns: {text}")
+            raise PatternError(f"rank 0 could not make the patterns: {text}")
         parts = [body[i * mask_bytes : (i + 1) * mask_bytes] for i in range(layers)]
         return [unpack_mask(part, (n, n)) for part in parts], digest.hex()
 

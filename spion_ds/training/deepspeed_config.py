@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spion_ds.errors import ConfigError
+import torch.distributed as dist
+
+from spion_ds.errors import ConfigError, unknown_name
+from spion_ds.training.ranks import import_deepspeed
 
 if TYPE_CHECKING:
     from spion_ds.training.config import OptimizerConfig, TrainingConfig
@@ -48,6 +51,11 @@ def resolve_deepspeed_config(
     # DeepSpeed clips by norm, at 1.0 unless told otherwise; the recipe clips by value.
     if config.get("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = 0.0
+    clipping = config["gradient_clipping"]
+    if not isinstance(clipping, int | float) or isinstance(clipping, bool) or clipping < 0:
+        raise ConfigError(
+            f"gradient_clipping is {clipping!r}; allowed: a norm from 0 up, or 'auto'"
+        )
     _fill_optimizer(config, optimizer, device_type)
     config.setdefault("steps_per_print", 10**9)
     for place in _autos(config):
@@ -61,6 +69,66 @@ def resolve_deepspeed_config(
 def zero_stage(config: dict[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration, 0 without one."""
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def check_with_deepspeed(resolved: dict[str, Any]) -> None:
+    """Let DeepSpeed read a resolved configuration, before it gets to train with it.
+
+    Raises:
+        ConfigError: DeepSpeed refuses it, or does not look at one of its keys.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # It takes this process for the only one as long as there is no process group.
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    share = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"]
+    noted = _Noted({**copy.deepcopy(resolved), "train_batch_size": share * world})
+    try:
+        DeepSpeedConfig(noted)
+    except Exception as error:  # pydantic's, assertions, and whatever its readers stumble on
+        raise ConfigError(f"DeepSpeed refuses its configuration: {_reason(error)}") from error
+    for key in noted:
+        if key not in noted.read:
+            raise ConfigError(unknown_name("key of a DeepSpeed configuration", key, noted.read))
+
+
+class _Noted(dict):
+    """A configuration that notes which of its keys are looked for; its copies note for it too."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __copy__(self) -> _Noted:
+        copied = _Noted(self)
+        copied.read = self.read
+        return copied
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        """Return what ``in`` asks this mapping of."""
+        return self
+
+
+def _reason(error: Exception) -> str:
+    found = getattr(error, "errors", None)
+    if found is None:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    first = found()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place} is {first['input']!r} ({getattr(error, 'title', '')}): {first['msg']}"
 
 
 def with_universal_checkpoint(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +145,12 @@ def _check_supported(config: dict[str, Any]) -> None:
     if not isinstance(zero, dict):
         raise ConfigError(f"zero_optimization is {zero!r}; allowed: a mapping, with a stage")
     for what, stages in (("optimizer", (1, 2, 3)), ("param", (3,))):
+        block = zero.get(f"offload_{what}") or {}
+        device = block.get("device", "none") if isinstance(block, dict) else block
+        if device not in ("none", "cpu"):
+            raise ConfigError(
+                f"zero_optimization.offload_{what}.device is {device!r}; allowed: 'cpu' or 'none'"
+            )
         if _offloads(config, what) and stage not in stages:
             raise ConfigError(
                 f"zero_optimization.offload_{what} is set at stage {stage}, which does not "
@@ -155,13 +229,18 @@ def _fill_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, device_t
     block = config.setdefault("optimizer", {"type": "AdamW"})
     if not isinstance(block, dict) or "type" not in block:
         raise ConfigError("the DeepSpeed configuration's optimizer has no type; e.g. 'AdamW'")
+    if block["type"] not in ("Adam", "AdamW"):
+        raise ConfigError(
+            f"the DeepSpeed configuration's optimizer is {block['type']!r}; allowed: 'AdamW' or "
+            "'Adam', which the recipe's optimizer section describes"
+        )
     params = block.setdefault("params", {})
+    if not isinstance(params, dict):
+        raise ConfigError(f"optimizer.params is {params!r}; allowed: a mapping")
     _fill(params, "lr", optimizer.lr, "optimizer.lr")
     _fill(params, "betas", list(optimizer.betas), "optimizer.betas")
     _fill(params, "eps", optimizer.eps, "optimizer.eps")
     _fill(params, "weight_decay", optimizer.weight_decay, "optimizer.weight_decay")
-    if block["type"] not in ("Adam", "AdamW"):
-        return
     # PyTorch's AdamW instead of a fused one that would be compiled first. On a GPU with the
     # optimizer in RAM DeepSpeed's vectorised one is worth it.
     if not _offloads(config, "optimizer"):

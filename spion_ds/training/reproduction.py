@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from spion_ds.errors import ConfigError, SpionError, unknown_name
 from spion_ds.settings import read_dataclass, require
@@ -31,6 +30,7 @@ from spion_ds.training.config import (
 )
 from spion_ds.training.results import RunResult, read_result, results_table
 from spion_ds.training.stopping import Stopped, StopRequest
+from spion_ds.training.strict_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,7 @@ def read_plan(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise ConfigError(f"the plan {path!r} cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the plan {path!r} is not YAML: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"the plan {path!r} is not a YAML mapping")
+        values = read_yaml(Path(path), f"the plan {path!r}")
     given = {"recipes": list(recipes), "seeds": list(seeds)}
     values = {**values, **{name: value for name, value in given.items() if value}}
     values["overrides"] = [*(values.get("overrides") or []), *overrides]
@@ -215,7 +208,8 @@ def _check_same(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError if a run that is finished had another configuration."""
     if not (folder / "summary.json").is_file():
         return  # launch/train.py compares what it resumes
-    theirs, ours = yaml.safe_load((folder / "config.yaml").read_text()), config.to_mapping()
+    theirs = read_yaml(folder / "config.yaml", str(folder / "config.yaml"))
+    ours = config.to_mapping()
     for section in ours:
         if theirs.get(section) == ours[section] or section == "recipe":
             continue

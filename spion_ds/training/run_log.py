@@ -8,6 +8,7 @@ import os
 import resource
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _unless_os_error
         _drop_rows_after(folder / "metrics.jsonl", start)
         self._rows = (folder / "metrics.jsonl").open("a")
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
@@ -84,7 +86,8 @@ class RunLog:
         """Flush and close everything."""
         if self.folder is not None:
             self._bar.close()
-            self._writer.close()
+            with contextlib.suppress(OSError):  # said when it was written
+                self._writer.close()
             self._rows.close()
 
 
@@ -172,6 +175,12 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): the resident set's peak
+
+
+def _unless_os_error(failure: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread meets a full disk; the next event that it is given raises the same error.
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -25,12 +26,14 @@ from spion_ds.training.config import (
     read_deepspeed_json,
     read_recipe,
 )
+from spion_ds.training.deepspeed_config import check_with_deepspeed
 from spion_ds.training.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.map_memory import check_map_memory
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
 from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
+from spion_ds.training.strict_files import read_yaml
 from spion_ds.training.summary import summary_table
 from spion_ds.training.trainer import Trainer
 from spion_ds.training.watch import LOST_RANK_EXIT, LostRankError, Watch, speaks
@@ -75,6 +78,8 @@ class TrainOptions:
 def run_command(command: Callable[[], object]) -> int:
     """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
 
+    What the machine could not give (files, memory) is said by the rank that met it.
+
     The codes: 0 done, 2 an error to mend, 3 another rank was lost, 75 stopped by a signal with a
     checkpoint.
     """
@@ -88,9 +93,33 @@ def run_command(command: Callable[[], object]) -> int:
             line = "\n" if lost else ""  # a progress bar may stand on this one
             print(f"{line}error: {error}", file=sys.stderr, flush=True)
         return LOST_RANK_EXIT if lost else USER_ERROR_EXIT
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = _of_the_machine(error)
+        if told is None:
+            raise
+        print(f"\nerror: {told}", file=sys.stderr, flush=True)
+        return USER_ERROR_EXIT
     finally:
         leave()
     return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """Return a sentence for an error that the machine's limits explain, None for any other."""
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; make room, and go on with --resume, from the last checkpoint" if full else ""
+        return f"{where}{error.strerror or error}{advice}"
+    # PyTorch has no type of its own for a CPU that is out of memory.
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "can't allocate memory" in str(error):
+        return (
+            f"rank {discover_ranks().rank} is out of memory "
+            f"({(str(error) or 'RAM').splitlines()[0]}); set a smaller "
+            "training.micro_batch_size, model.activation_checkpointing=true or offload with ZeRO"
+        )
+    return None
 
 
 def train(options: TrainOptions) -> None:
@@ -173,6 +202,10 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
         device_type=ranks.device.type,
         attention=attention,
     )
+    name = config.recipe if options.run_name is None else options.run_name
+    if name != Path(name).name or name in ("", ".."):
+        raise ConfigError(f"--run_name is {name!r}; allowed: a folder's name, in --run_dir")
+    check_with_deepspeed(config.resolved)
     check_map_memory(config, ranks)
     if checkpoint is not None:
         state, run = load_state(checkpoint)
@@ -227,10 +260,10 @@ def saved_recipe(checkpoint: Path) -> dict[str, Any]:
     """Return the configuration of a checkpoint's run, as ``build_run_config`` reads it."""
     saved = checkpoint.parent.parent / "config.yaml"
     try:
-        return yaml.safe_load(saved.read_text())
-    except OSError as error:
+        return read_yaml(saved, str(saved))
+    except ConfigError as error:
         raise CheckpointError(
-            f"{saved} is missing, so the run's configuration is unknown; name it with --recipe"
+            f"{error}; so the run's configuration is unknown: name it with --recipe"
         ) from error
 
 

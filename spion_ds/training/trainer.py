@@ -35,7 +35,12 @@ from spion_ds.training.checkpoint_files import (
     write_pointer,
 )
 from spion_ds.training.config import RunConfig
-from spion_ds.training.coordinator import CoordinationError, Coordinator, layouts_digest
+from spion_ds.training.coordinator import (
+    CoordinationError,
+    Coordinator,
+    PatternError,
+    layouts_digest,
+)
 from spion_ds.training.deepspeed_config import with_universal_checkpoint, zero_stage
 from spion_ds.training.evaluation import build_model, evaluate
 from spion_ds.training.masked_tokens import mask_tokens
@@ -336,6 +341,10 @@ class Trainer:
                 observed, force=force, weights=self._pattern_weights()
             )
         except CoordinationError as error:
+            if isinstance(error, PatternError) and self.config.training.on_nonfinite == "skip":
+                self.log.row(state.step, "skipped", parts="the attention maps")
+                self.log.say(f"step {state.step}: {error}; the check is skipped")
+                return
             raise TrainingError(f"step {state.step}: {error}") from error
         if decision.report is not None:
             self.log.row(

@@ -1,6 +1,7 @@
 """Notices a rank that dies, hangs or fails, and ends the others with a message that names it.
 
-A thread of every rank writes signs of life to a store of rank 0's, whose thread reads them all.
+A thread of every rank writes signs of life to a store of rank 0's, whose thread reads them all. A
+second one notices when the first hears nothing of the store.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Watch:
         self._heard: str | None = None
         self._main = threading.main_thread().ident
         self._left = threading.Event()
+        self._rounds = 0  # that the thread has made
         self._thread = threading.Thread(target=self._look, name="spion-watch", daemon=True)
 
     def tick(self, step: int) -> None:
@@ -66,6 +68,7 @@ class Watch:
         self._beat(0)
         self.agreement.barrier()  # every rank's first sign of life is in the store
         self._thread.start()
+        threading.Thread(target=self._oversee, name="spion-watch-answer", daemon=True).start()
         return self
 
     def __exit__(
@@ -80,10 +83,11 @@ class Watch:
             elif _lost_contact(error, trace):
                 raise LostRankError(self._cause()) from error
             else:
-                self._report(f"rank {self.ranks.rank} failed: {type(error).__name__}: {error}")
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._report(f"rank {self.ranks.rank} failed: {what}")
         finally:
             self._left.set()
-            self._thread.join()
+            self._thread.join(self.timeout)  # it may hear nothing of a store that is cut off
 
     def _look(self) -> None:
         judge = _Judge(self.ranks.world_size, self._polls, self.timeout)
@@ -99,12 +103,25 @@ class Watch:
                         self._store.set(_VERDICT, verdict)
             except RuntimeError:
                 verdict = "rank 0 is gone or does not answer"
+            self._rounds += 1
             self._heard = self._heard or verdict
             if verdict is not None and not self._left.wait(_GRACE_SECONDS):
-                if speaks(self.ranks, verdict):
-                    # Below the progress bar, which nobody can close any more.
-                    print(f"\nerror: {verdict}; {ADVICE}", file=sys.stderr, flush=True)
-                os._exit(LOST_RANK_EXIT)
+                self._end(verdict)
+
+    def _oversee(self) -> None:
+        """End this rank if the store does not answer: over a dead network a call never returns."""
+        rounds = polls = 0
+        while not self._left.wait(self._interval):
+            polls = polls + 1 if self._rounds == rounds and self._heard is None else 0
+            rounds = self._rounds
+            if polls >= self._polls:
+                self._end("rank 0 is gone or does not answer")
+
+    def _end(self, verdict: str) -> None:
+        if speaks(self.ranks, verdict):
+            # Below the progress bar, which nobody can close any more.
+            print(f"\nerror: {verdict}; {ADVICE}", file=sys.stderr, flush=True)
+        os._exit(LOST_RANK_EXIT)
 
     def _beat(self, number: int) -> None:
         place, waits = _where(sys._current_frames().get(self._main or 0))

@@ -18,7 +18,7 @@ from spion_ds.ops.sparse_attention import (
     DenseSparsityConfig,
     SparseAttentionUtils,
 )
-from spion_ds.training.ranks import discover_ranks, import_deepspeed, join, leave
+from spion_ds.training.ranks import discover_ranks, end_process, import_deepspeed, join, leave
 
 HEADS, LENGTH, BATCH, STEPS = 4, 96, 8, 8
 SPARSITY = {
@@ -101,3 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +43,9 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def act(kind: str, result: Callable[[], Any]) -> Any:
-    """Do what a fault does instead of a call, whose true result is at hand."""
+def act(fault: dict[str, Any], result: Callable[[], Any]) -> Any:
+    """Do what a fault does instead of a call, or before it; the call's true result is at hand."""
+    kind = fault["kind"]
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "freeze":
@@ -51,6 +54,15 @@ def act(kind: str, result: Callable[[], Any]) -> Any:
         signal.pause()
     if kind == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "usr1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if kind == "unplug":  # the host's network, in its namespace
+        subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+    if kind == "fill":  # the disk, but for some bytes
+        size = shutil.disk_usage(Path(fault["path"]).parent).free - fault["but"]
+        Path(fault["path"]).write_bytes(bytes(size))
+    if kind == "free":
+        Path(fault["path"]).unlink()
     if kind == "crash":
         raise RuntimeError("a fault was put here")
     if kind == "full":
@@ -72,7 +84,7 @@ def put(fault: dict[str, Any]) -> Any:
         calls += 1
         here = fault["at"] <= calls < fault["at"] + fault.get("times", 1)
         if here and discover_ranks().rank == fault["rank"]:
-            return act(fault["kind"], lambda: original(*arguments, **named))
+            return act(fault, lambda: original(*arguments, **named))
         return original(*arguments, **named)
 
     return mock.patch.object(owner, name, faulty)
@@ -90,8 +102,7 @@ def run(values: dict[str, Any]) -> None:
         train(TrainOptions(**values))
 
 
-def main() -> int:
-    plan = Path(sys.argv[-1])
+def main(plan: Path) -> int:
     sessions = json.loads(plan.read_text())
     if len(sessions) == 1:  # as launch/train.py does it
         return run_command(lambda: run(sessions[0]))
@@ -101,7 +112,7 @@ def main() -> int:
         ending = "finished"
         try:
             run(values)
-        except (SpionError, Stopped) as error:
+        except (SpionError, OSError, Stopped) as error:
             ending = f"{type(error).__name__}: {error}"
         endings.write(json.dumps(ending) + "\n")
         endings.flush()
@@ -110,4 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    end_process(main(Path(sys.argv[-1])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from spion_ds.training.checkpoint_files import find_checkpoint, write_manifest
 from spion_ds.training.ranks import discover_ranks
 from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch
 
@@ -98,6 +100,23 @@ def assert_refused(capsys: pytest.CaptureFixture[str], words: list[object], *exp
         (["data.source=nowhere"], ["nowhere"]),
         (["--if_taken", "error", "--stop_at", "0"], ["--stop_at", "0"]),
         (["--ds_config", "nowhere.json"], ["nowhere.json"]),
+        (["--run_name", ""], ["--run_name is ''", "a folder's name"]),
+        (["--run_name", "../r"], ["--run_name is '../r'", "a folder's name"]),
+        (["--run_name", "/r"], ["--run_name is '/r'", "a folder's name"]),
+        (["recipe=a/b"], ["--run_name is 'a/b'", "a folder's name"]),
+        (["=3"], ["'=3'", "section.key=value"]),
+        (["training=3"], ["unknown key 'training'"]),
+        (["training.steps.a=3"], ["training.steps.a", "did you mean 'training.steps'"]),
+        (["training.steps=true"], ["training.steps is True", "a whole number"]),
+        (["training.steps=99999999999999"], ["training.steps", "below 2^31"]),
+        (["training.seed=[1"], ["training.seed=[1", "not YAML"]),
+        (["training.seed=!!python/object/apply:os.getpid []"], ["not YAML"]),
+        (["optimizer.lr=.inf"], ["optimizer.lr is inf", "a finite number"]),
+        (["optimizer.lr=.nan"], ["optimizer.lr is nan", "a finite number"]),
+        (["optimizer.lr=1e999"], ["optimizer.lr is '1e999'", "a finite number"]),
+        (["optimizer.betas=[0.9, 1.5]"], ["optimizer.betas", "1.5"]),
+        (["task=null"], ["unknown task"]),
+        (["data={a: 1}"], ["unknown key 'data'"]),
         (["--resume"], ["there is no checkpoint in", "--resume"]),
         (["--resume", "nowhere"], ["there is no checkpoint in nowhere"]),
     ],
@@ -108,6 +127,31 @@ def test_command_line_and_recipe_mistakes(
 ) -> None:
     given = ["--recipe", TINY] if "--recipe" not in words else []
     assert_refused(capsys, [*given, *words], *expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", ["not a YAML mapping"]),
+        (b"- 1\n", ["not a YAML mapping"]),
+        (b"training: {steps: 3", ["not YAML", "line 1, column 20"]),
+        (b"training: {steps: 3}\ntraining: {steps: 4}\n", ["'training' is there twice", "line 2"]),
+        (b"a: !!python/object/apply:os.mkdir [x]\n", ["not YAML", "python/object", "line 1"]),
+        (b"task: &t [*t]\n", ["unknown task"]),
+        (bytes(range(256)), ["not text in UTF-8 (byte 128)"]),
+        ("task: listops".encode("utf-16"), ["not text in UTF-8"]),
+        (b"[" * 100_000, ["not YAML"]),
+        (b"training: {steps: 3}\n", ["names no task"]),
+        (b"task: listops\ntraining: [1]\n", ["training is [1]", "mapping"]),
+        (b"5: {a: 1}\n", ["unknown key 5"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else repr(value[:30]),
+)
+def test_recipe_files(
+    content: bytes, expected: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    assert_refused(capsys, ["--recipe", "recipe.yaml"], *expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused on a CPU only")
@@ -153,6 +197,21 @@ def test_batch_that_does_not_divide_over_the_ranks(
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, ["lr is 1.0", "optimizer.lr"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled", "training.precision"]),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["reduce_bucket_size", "auto"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer.device is 'nvme'", "'cpu' or 'none'"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": [1]}},
+            ["offload_optimizer.device is [1]", "'cpu' or 'none'"],
+        ),
+        ({"zero_optimization": {"stge": 2}}, ["DeepSpeed refuses", "stge is 2", "ZeroConfig"]),
+        ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
+        ({"steps_per_prnt": 5}, ["steps_per_prnt", "did you mean 'steps_per_print'"]),
+        ({"gradient_clipping": "a"}, ["gradient_clipping is 'a'", "from 0 up"]),
+        ({"optimizer": {"type": "AdamZ"}}, ["'AdamZ'", "'AdamW' or 'Adam'"]),
+        ({"optimizer": {"type": "AdamW", "params": [1]}}, ["optimizer.params is [1]", "mapping"]),
+        ({"fp16": "yes"}, ["fp16.enabled is 'yes'"]),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else None,
 )
@@ -166,11 +225,24 @@ def test_deepspeed_configuration_mistakes(
     assert_refused(capsys, ["--recipe", TINY, "--ds_config", "ds.json"], *expected)
 
 
-def test_deepspeed_configuration_that_is_not_json(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{", ["not JSON"]),
+        (b"", ["not JSON"]),
+        (b"[1]", ["not a JSON object"]),
+        (b"[" * 100_000, ["not JSON"]),
+        (b'{"fp16": {}, "fp16": {}}', ["the key 'fp16' is there twice"]),
+        (b'{"gradient_clipping": NaN}', ["NaN"]),
+        (bytes(range(256)), ["not text in UTF-8 (byte 128)"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else repr(value[:30]),
+)
+def test_deepspeed_files_that_are_no_json_object(
+    content: bytes, expected: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "ds.json").write_text("{")
-    assert_refused(capsys, ["--recipe", TINY, "--ds_config", "ds.json"], "ds.json", "not JSON")
+    (tmp_path / "ds.json").write_bytes(content)
+    assert_refused(capsys, ["--recipe", TINY, "--ds_config", "ds.json"], "ds.json", *expected)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +269,13 @@ def test_official_data_files(
     assert_refused(capsys, ["--recipe", TINY, f"data.source={folder}"], *expected)
 
 
+class Executes:
+    """Makes a folder where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("made-by-a-pickle",)
+
+
 @pytest.mark.ranks
 def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drive("python", 1, [{"run_name": "r", "stop_at": 3}], tmp_path)
@@ -216,6 +295,41 @@ def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture[str], tmp_pat
     )
 
     checkpoint = tmp_path / "runs" / "r" / "checkpoints" / "step-000003"
+    saved = tmp_path / "runs" / "r" / "config.yaml"
+    text = saved.read_text()
+    for content, expected in (
+        ("training: {", "config.yaml is not YAML"),
+        ("- 1", "config.yaml is not a YAML mapping"),
+        ("task: listops\nfoo: 1\n", "unknown key 'foo'"),
+    ):
+        saved.write_text(content)
+        assert_refused(capsys, ["--resume", "runs/r"], expected)
+    saved.write_text(text)
+    latest = checkpoint.parent / "latest"
+    for content in ("", "step-", "../../elsewhere", "step-000099"):
+        latest.write_text(content)  # names nothing: the newest whole one is meant
+        assert find_checkpoint(tmp_path / "runs" / "r") == checkpoint
+    latest.write_text("step-000003")
+    manifest = (checkpoint / "manifest.json").read_text()
+    for content in ("", "[]", "{}", '{"sha256": 5}', manifest.replace('"step": 3', '"step": 4')):
+        (checkpoint / "manifest.json").write_text(content)
+        assert_refused(capsys, resume, "manifest.json is damaged", "no checkpoint in")
+    (checkpoint / "manifest.json").write_text(manifest)
+    # Whole by its checksums, and full of code: it is not run, and the file is named.
+    original = (checkpoint / "state.pt").read_bytes()
+    for values, expected in (
+        (Executes(), "state.pt is damaged or not a checkpoint"),
+        ([1], "state.pt is not a spion_ds checkpoint"),
+        ({"format": 1}, "state.pt does not hold a training state"),
+        ({"format": 1, "masks": 5, "state": {}, "run": {}}, "does not hold a training state"),
+        ({"format": 1, "masks": None, "state": {"x": 1}, "run": {}}, "does not hold a training"),
+    ):
+        torch.save(values, checkpoint / "state.pt")
+        (checkpoint / "manifest.json").unlink()
+        write_manifest(checkpoint, 3, None)
+        assert_refused(capsys, resume, expected)
+    (checkpoint / "state.pt").write_bytes(original)
+    (checkpoint / "manifest.json").write_text(manifest)
     whole = (checkpoint / "state.pt").read_bytes()
     (checkpoint / "state.pt").write_bytes(whole[: len(whole) // 2])
     assert_refused(capsys, resume, "state.pt", "damaged", "no checkpoint in")

@@ -77,6 +77,7 @@ def test_faults_that_all_ranks_survive(tmp_path: Path) -> None:
     full = {"kind": "full", "place": "write", "rank": 0}
     stop = {"kind": "terminate", "place": "step", "rank": 1, "at": 4}
     masks = {"kind": "other", "place": "layouts", "rank": 1, "at": 2}
+    nan_map = {"kind": "nan", "place": "map", "rank": 0, "at": 3}  # layer 0's, of step 4
     skip = ["training.on_nonfinite=skip"]
     often = [SAVE_OFTEN, KEEP_MANY]
     rarely = ["training.log_every=100"]
@@ -91,9 +92,12 @@ def test_faults_that_all_ranks_survive(tmp_path: Path) -> None:
         {"run_name": "stop", "resume": "auto", "recipe": tiny, "fault": stop, "overrides": rarely},
         {"run_name": "stop", "resume": "auto", "recipe": tiny},
         {"run_name": "masks", "fault": masks},
+        {"run_name": "map", "fault": nan_map},
+        {"run_name": "skipmap", "fault": nan_map, "overrides": skip},
     ]
     found = endings(tmp_path, 2, sessions)
-    whole, nan_stop, skipped, skips, disk, gone_on, stopped, resumed, other_masks = found
+    whole, nan_stop, skipped, skips, disk, gone_on, stopped, resumed, other_masks = found[:9]
+    map_stop, map_skipped = found[9:]
     runs = tmp_path / "runs"
 
     assert whole == gone_on == resumed == skipped == ["finished"] * 2
@@ -121,6 +125,14 @@ def test_faults_that_all_ranks_survive(tmp_path: Path) -> None:
 
     for ending in other_masks:
         assert ending.startswith("TrainingError: step 6: the layouts of rank(s) 1 differ")
+
+    for ending in map_stop:
+        assert ending.startswith("TrainingError: step 4: rank 0 could not make the patterns")
+        assert "the map of layer 0 has NaN" in ending
+    # Looking changes nothing, so a look that is left out does not either.
+    assert map_skipped == ["finished"] * 2
+    assert [row["step"] for row in rows(runs / "skipmap", "skipped")] == [4]
+    assert losses(runs / "skipmap") == undisturbed
 
 
 @pytest.mark.ranks
