@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from spion_ds.data.cache import Dataset, create_split, fingerprint, prepare_cache
 from spion_ds.data.skyformer import Pickles
-from spion_ds.data.text import PAD_ID, VOCAB_SIZE, byte_ids, encode
+from spion_ds.data.text import VOCAB_SIZE, byte_ids, encode
 from spion_ds.errors import DataError
 from spion_ds.settings import require
 
-__all__ = ["PAD_ID", "VOCAB_SIZE", "RetrievalConfig", "check_source", "encode", "prepare"]
+__all__ = ["VOCAB_SIZE", "RetrievalConfig", "check_source", "encode", "prepare"]
 
 NUM_CLASSES = 2
 DOCUMENTS = 2

@@ -17,7 +17,6 @@ from spion_ds.errors import DataError
 from spion_ds.settings import require
 
 NUM_CLASSES = 2
-PAD_ID = 0
 VOCAB_SIZE = 257  # the byte + 1, and padding
 ARCHIVE = Archive(
     "aclImdb_v1.tar.gz",
@@ -93,14 +92,14 @@ def check_source(config: TextConfig) -> None:
         ARCHIVE.in_folder(config.source)
 
 
-def encode(text: str) -> np.ndarray:
-    """Return the token ids (bytes,) uint16 of one text."""
-    return byte_ids(text.encode())
-
-
 def byte_ids(text: bytes) -> np.ndarray:
     """Return (len(text),) uint16 token ids: the byte + 1."""
     return np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(1)
+
+
+def encode(text: str) -> np.ndarray:
+    """Return the token ids (bytes,) uint16 of one text, without the line's end."""
+    return byte_ids(text.rstrip("\r\n").encode())
 
 
 def _convert(config: TextConfig, archive: Path, folder: Path) -> None:

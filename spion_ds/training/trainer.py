@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from spion_ds.models import set_masks
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.augmentation import make_augmentation
-from spion_ds.training.batches import BatchOrder, BatchReader, micro_batch_positions, read_batch
+from spion_ds.training.batches import Batch, BatchOrder, BatchReader, micro_batch_positions
 from spion_ds.training.checkpoint import (
     TrainingState,
     gathered,
@@ -225,7 +225,7 @@ class Trainer:
         timed = not checking or config.transition.check_every == 1
         observed: list[AttentionMapAccumulator | PooledMapAccumulator] = []
         if checking:
-            observed = self._observers(self.order.samples(state.step))
+            observed = self._observers()
         if timed:
             self.timer.start()
         else:
@@ -235,15 +235,11 @@ class Trainer:
             group["lr"] = self._rate
         counted = torch.zeros_like(self._sums)
         for micro_step in range(config.batches.accumulation):
-            batch, keys = self.reader.read(state.step, micro_step)
-            # Places: dropout, dropout of the pass with masks, augmentation, masks.
+            batch, keys = self._read(micro_step)
             places = self.model.dropout_places
-            input_ids = batch.input_ids
-            if self.augmentation is not None:
-                input_ids = self.augmentation(input_ids, keys[-2])
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (input_ids, batch.padding_mask, keys[:places])
+            inputs = (batch.input_ids, batch.padding_mask, keys[:places])
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
@@ -277,18 +273,18 @@ class Trainer:
             self.timer.count()
         return phase
 
-    def _positions(self) -> list[np.ndarray]:
-        """Return the places in the global batch of each of this rank's micro-batches."""
-        batches, ranks = self.config.batches, self.ranks
-        return [
-            micro_batch_positions(micro_step, batches.micro, ranks.rank, ranks.world_size)
-            for micro_step in range(batches.accumulation)
-        ]
+    def _read(self, micro_step: int) -> tuple[Batch, Tensor]:
+        """Return a micro-batch of the present step, augmented, and its keys (places, B) int32.
 
-    def _observers(
-        self, samples: np.ndarray
-    ) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
-        """Return one accumulator a layer for the global batch of ``samples``."""
+        The places: dropout, dropout of the pass with masked tokens, augmentation, masks.
+        """
+        batch, keys = self.reader.read(self.state.step, micro_step)
+        if self.augmentation is not None:
+            batch = replace(batch, input_ids=self.augmentation(batch.input_ids, keys[-2]))
+        return batch, keys
+
+    def _observers(self) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
+        """Return one accumulator a layer for the global batch of the present step."""
         layers = self.coordinator.sparsity_configs
         if self.config.transition.resolution == "token":
             return [AttentionMapAccumulator() for _ in layers]
@@ -296,8 +292,8 @@ class Trainer:
         count = torch.zeros(
             self.config.data.sequence_length, dtype=torch.float64, device=self.device
         )
-        for positions in self._positions():
-            batch = read_batch(self.dataset.train, samples[positions], self.device)
+        for micro_step in range(self.config.batches.accumulation):
+            batch, _ = self._read(micro_step)
             seen = self.model.seen_by_attention(batch.input_ids, batch.padding_mask)
             count += row_counts(seen[1], self.config.model.heads)
         dist.all_reduce(count)

@@ -58,3 +58,10 @@ def test_two_documents_have_a_tab_between_them() -> None:
     for line, message in (("1 2", "allowed: two, with a tab"), ("1\t ", "nothing in it")):
         with pytest.raises(DataError, match=f"^inputs, line 1: .*{message}"):
             list(read_samples([line], task, 20, "inputs"))
+
+
+def test_reviews_and_papers_come_as_they_are() -> None:
+    [sample] = read_samples(["Not bad. é\n"], get_task("text"), 20, "inputs")
+    assert [ids.tolist() for ids in sample.documents] == [[b + 1 for b in "Not bad. é".encode()]]
+    [pair] = read_samples(["one\ttwo\n"], get_task("retrieval"), 20, "inputs")
+    assert [ids.tolist() for ids in pair.documents] == [[112, 111, 102], [117, 120, 112]]

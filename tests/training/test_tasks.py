@@ -39,7 +39,15 @@ def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: P
             "training.augment=true",
         ]
     }
+    # What attention sees then depends on the augmentation: it turns the black pixels too.
+    black = {
+        "recipe": pixels,
+        "overrides": ["model.zero_is_padding=true", "training.augment=true", "training.steps=7"],
+    }
+    blocks = [*black["overrides"], "transition.resolution=block"]
     one = [
+        {**black, "run_name": "token"},
+        {**black, "run_name": "block", "overrides": blocks},
         {"recipe": pairs, "run_name": "pairs"},
         {"recipe": pixels, "run_name": "pixels", "attention": "bigbird"},
         {**everything, "run_name": "open", "stage": 3},
@@ -58,6 +66,7 @@ def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: P
             assert losses(runs / f"{name}-2")[step] == pytest.approx(loss, rel=1e-4)
     # An untrained model guesses among 17 tokens: ln 17 = 2.8, give or take its random weights.
     assert rows(runs / "open", "train")[0]["masked_token_loss"] == pytest.approx(2.8, abs=0.5)
+    assert digest(runs / "token") == digest(runs / "block")
     found = summary(runs / "pairs")
     assert found["phase"] == "sparse"
     assert set(found["baselines"]) == {"majority class"}
