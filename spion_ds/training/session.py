@@ -29,7 +29,7 @@ from spion_ds.training.config import (
 )
 from spion_ds.training.deepspeed_config import check_with_deepspeed
 from spion_ds.training.evaluation import Evaluation, evaluate, load_model
-from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
+from spion_ds.training.ranks import Agreement, MissingRankError, Ranks, discover_ranks, join, leave
 from spion_ds.training.resuming import Resume, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
@@ -103,8 +103,10 @@ def run_command(command: Callable[[], object]) -> int:
     except Stopped:
         return STOPPED_EXIT
     except SpionError as error:
-        lost = isinstance(error, LostRankError)
-        if discover_ranks().is_first or (lost and speaks(discover_ranks(), str(error))):
+        alone = isinstance(error, MissingRankError)  # nobody else may be there to say it
+        lost = alone or isinstance(error, LostRankError)
+        speaking = alone or (lost and speaks(discover_ranks(), str(error)))
+        if discover_ranks().is_first or speaking:
             line = "\n" if lost else ""  # a progress bar may stand on this one
             print(f"{line}error: {error}", file=sys.stderr, flush=True)
         return LOST_RANK_EXIT if lost else USER_ERROR_EXIT

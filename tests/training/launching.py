@@ -21,7 +21,7 @@ LIMIT_SECONDS = 280
 def command(launcher: str, ranks: int) -> list[str]:
     """Return the words that stand before the script."""
     bin_folder = Path(sys.executable).parent
-    port = str(_free_port())
+    port = str(free_port())
     return {
         "python": [sys.executable],
         "torchrun": [
@@ -87,7 +87,7 @@ def start_ranks(count: int, words: list[str], cwd: Path, log: Path) -> list[subp
 
     Their output goes to ``log``.
     """
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with log.open("w") as output:
         return [
             subprocess.Popen(
@@ -146,7 +146,8 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
