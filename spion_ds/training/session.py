@@ -19,7 +19,7 @@ from spion_ds.data import Dataset, Split, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import operators_available
 from spion_ds.settings import require
-from spion_ds.training.checkpoint import load_state
+from spion_ds.training.checkpoint import check_harmless, load_state
 from spion_ds.training.checkpoint_files import check_whole, find_checkpoint, has_checkpoint
 from spion_ds.training.config import (
     RunConfig,
@@ -276,13 +276,15 @@ def _run_name(options: TrainOptions) -> str:
 
 
 def _verify(options: TrainOptions, config: RunConfig, ranks: Ranks, agreement: Agreement) -> Resume:
-    """Let rank 0 read every byte of the checkpoint, and return how all ranks go on from it."""
+    """Let rank 0 check every byte of the checkpoint, and return how all ranks go on from it."""
 
     def choose() -> Path | None:
         passed_over: list[str] = []
         folder = _checkpoint_to_resume(options, checksums=True, passed_over=passed_over)
         for sentence in passed_over:
             print(f"note: {sentence}; using {folder and folder.name}", file=sys.stderr, flush=True)
+        if folder is not None:
+            check_harmless(folder)
         return folder
 
     folder = agreement.from_first(choose)
