@@ -21,7 +21,7 @@ LIMIT_SECONDS = 280
 def command(launcher: str, ranks: int) -> list[str]:
     """Return the words that stand before the script."""
     bin_folder = Path(sys.executable).parent
-    port = str(free_port())
+    port = str(_free_port())
     return {
         "python": [sys.executable],
         "torchrun": [
@@ -87,7 +87,7 @@ def start_ranks(count: int, words: list[str], cwd: Path, log: Path) -> list[subp
 
     Their output goes to ``log``.
     """
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with log.open("w") as output:
         return [
             subprocess.Popen(
@@ -148,8 +148,7 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 
 import pytest
 
@@ -11,7 +12,6 @@ from spion_ds.training import ranks
 from spion_ds.training.ranks import Ranks, discover_ranks, join
 from spion_ds.training.session import run_command
 from spion_ds.training.watch import LOST_RANK_EXIT
-from tests.training.launching import free_port
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -74,7 +74,10 @@ def test_srun_without_an_address_says_what_to_do(monkeypatch: pytest.MonkeyPatch
 def test_a_rank_that_waits_in_vain_says_where(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    with socket.socket() as probe:  # a port that nobody listens on
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     set_all(monkeypatch, {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", **place})
     monkeypatch.setattr(ranks, "_MEETING_TIMEOUT", datetime.timedelta(seconds=1))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
