@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -150,6 +151,36 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing or damaged.
     """
     return _load(folder / "weights.pt")
+
+
+def check_harmless(folder: Path) -> None:
+    """Read a checkpoint's files with a restricted unpickler, before DeepSpeed reads them freely.
+
+    Raises:
+        CheckpointError: one names anything but tensors, plain values and DeepSpeed's own records,
+            so that reading it could run code.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(records):
+        for path in sorted(folder.rglob("*.pt")):
+            _check_harmless_file(path)
+
+
+def _check_harmless_file(path: Path) -> None:
+    try:  # mapped: the tensors themselves are not read
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises many kinds
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} holds more than tensors and DeepSpeed's own records"
+            f"{f' ({named[1]})' if named else ''}, and could run code when it is read; use "
+            "another checkpoint"
+        ) from error
 
 
 def gather_weights(engine: Any, config: RunConfig) -> dict[str, Tensor]:

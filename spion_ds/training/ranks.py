@@ -21,6 +21,12 @@ T = TypeVar("T")
 
 # Long enough for one rank to generate the data of a task while the others wait.
 _TIMEOUT = datetime.timedelta(hours=2)
+# Between the start of the first rank and of the last: nodes that read Python from a slow disk.
+_MEETING_TIMEOUT = datetime.timedelta(minutes=15)
+
+
+class MissingRankError(SpionError, RuntimeError):
+    """The ranks did not all come to the place where they meet."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ def join(ranks: Ranks) -> None:
 
     Raises:
         ConfigError: more ranks on this node than GPUs, or mpirun without mpi4py.
+        MissingRankError: the others did not come within a quarter of an hour.
     """
     if dist.is_initialized():
         return
@@ -112,6 +119,7 @@ def join(ranks: Ranks) -> None:
     if gpus:
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if gpus else "gloo"
+    meeting = None if "TORCHELASTIC_RUN_ID" in os.environ else _meet(ranks)  # torchrun has met
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         _start_again(ranks, backend)  # DeepSpeed takes a group that is there
     deepspeed.init_distributed(
@@ -122,6 +130,21 @@ def join(ranks: Ranks) -> None:
         world_size=ranks.world_size,
         verbose=False,
     )
+    del meeting  # its store is rank 0's, which the process group shares
+
+
+def _meet(ranks: Ranks) -> Any:
+    """Wait for all ranks, not as long as they later wait for one another; return the store."""
+    timeout = _MEETING_TIMEOUT
+    try:
+        return next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MissingRankError(
+            f"rank {ranks.rank} did not meet the other {ranks.world_size - 1} at {place} within "
+            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); MASTER_ADDR must be "
+            "the host of rank 0, MASTER_PORT a port that is free there, and all ranks must start"
+        ) from error
 
 
 def _start_again(ranks: Ranks, backend: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 from spion_ds.data import Dataset, get_task
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
-from spion_ds.training.checkpoint import load_state
+from spion_ds.training.checkpoint import check_harmless, load_state
 from spion_ds.training.checkpoint_files import find_checkpoint, has_checkpoint
 from spion_ds.training.config import (
     RunConfig,
@@ -29,7 +29,7 @@ from spion_ds.training.config import (
 from spion_ds.training.deepspeed_config import check_with_deepspeed
 from spion_ds.training.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.map_memory import check_map_memory
-from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
+from spion_ds.training.ranks import Agreement, MissingRankError, Ranks, discover_ranks, join, leave
 from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
@@ -88,8 +88,10 @@ def run_command(command: Callable[[], object]) -> int:
     except Stopped:
         return STOPPED_EXIT
     except SpionError as error:
-        lost = isinstance(error, LostRankError)
-        if discover_ranks().is_first or (lost and speaks(discover_ranks(), str(error))):
+        alone = isinstance(error, MissingRankError)  # nobody else may be there to say it
+        lost = alone or isinstance(error, LostRankError)
+        speaking = alone or (lost and speaks(discover_ranks(), str(error)))
+        if discover_ranks().is_first or speaking:
             line = "\n" if lost else ""  # a progress bar may stand on this one
             print(f"{line}error: {error}", file=sys.stderr, flush=True)
         return LOST_RANK_EXIT if lost else USER_ERROR_EXIT
@@ -242,13 +244,15 @@ def _run_name(options: TrainOptions) -> str:
 
 
 def _verify(options: TrainOptions, config: RunConfig, ranks: Ranks, agreement: Agreement) -> Resume:
-    """Let rank 0 read every byte of the checkpoint, and return how all ranks go on from it."""
+    """Let rank 0 check every byte of the checkpoint, and return how all ranks go on from it."""
 
     def choose() -> Path | None:
         passed_over: list[str] = []
         folder = _checkpoint_to_resume(options, checksums=True, passed_over=passed_over)
         for sentence in passed_over:
             print(f"note: {sentence}; using {folder and folder.name}", file=sys.stderr, flush=True)
+        if folder is not None:
+            check_harmless(folder)
         return folder
 
     folder = agreement.from_first(choose)

@@ -45,8 +45,8 @@ def _program(name: str) -> str:
     return found
 
 
-def environment() -> dict[str, str]:
-    """Return this process's environment without a launcher's, on the CPU, one thread a rank."""
+def environment(*, gpu: bool = False) -> dict[str, str]:
+    """Return this process's environment without a launcher's, one thread a rank, GPUs hidden."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -56,19 +56,19 @@ def environment() -> dict[str, str]:
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
 
 
-def launch(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+def launch(words: list[str], cwd: Path, *, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     """Run to the end and return the result; the output is in the failure message."""
     result = subprocess.run(
         words,
         cwd=cwd,
-        env=environment(),
+        env=environment(gpu=gpu),
         capture_output=True,
         text=True,
         timeout=LIMIT_SECONDS,
@@ -103,11 +103,13 @@ def start_ranks(count: int, words: list[str], cwd: Path, log: Path) -> list[subp
         ]
 
 
-def drive(launcher: str, ranks: int, sessions: list[dict[str, Any]], folder: Path) -> None:
+def drive(
+    launcher: str, ranks: int, sessions: list[dict[str, Any]], folder: Path, *, gpu: bool = False
+) -> None:
     """Train several sessions one after the other in one process group."""
     plan = folder / f"plan-{launcher}-{ranks}.json"
     plan.write_text(json.dumps([session(folder, **values) for values in sessions]))
-    launch([*command(launcher, ranks), str(DRIVE), str(plan)], folder)
+    launch([*command(launcher, ranks), str(DRIVE), str(plan)], folder, gpu=gpu)
 
 
 def session(folder: Path, **values: Any) -> dict[str, Any]:

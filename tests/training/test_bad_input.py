@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from spion_ds.errors import CheckpointError
+from spion_ds.training.checkpoint import check_harmless
 from spion_ds.training.checkpoint_files import find_checkpoint, write_manifest
 from spion_ds.training.ranks import discover_ranks
 from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch
@@ -335,6 +337,20 @@ def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture[str], tmp_pat
     assert_refused(capsys, resume, "state.pt", "damaged", "no checkpoint in")
     (checkpoint / "state.pt").unlink()
     assert_refused(capsys, resume, "step-000003", "state.pt is missing")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_optimizer_file_with_code_in_it_is_not_read(legacy: bool, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-000003"
+    checkpoint.mkdir()
+    torch.save({"x": torch.ones(2), "scaler": torch.Size([2])}, checkpoint / "a.pt")
+    check_harmless(checkpoint)
+    values, path = {"x": torch.ones(2), "y": Executes()}, checkpoint / "zero_optim_states.pt"
+    torch.save(values, path, _use_new_zipfile_serialization=not legacy)
+    before = files_below(tmp_path)
+    with pytest.raises(CheckpointError, match=r"zero_optim_states\.pt .* could run code"):
+        check_harmless(checkpoint)
+    assert files_below(tmp_path) == before
 
 
 @pytest.mark.ranks

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import socket
+
 import pytest
 
 from spion_ds.errors import ConfigError
+from spion_ds.training import ranks
 from spion_ds.training.ranks import Ranks, discover_ranks, join
+from spion_ds.training.session import run_command
+from spion_ds.training.watch import LOST_RANK_EXIT
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -62,3 +68,20 @@ def test_srun_without_an_address_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     set_all(monkeypatch, SLURM)
     with pytest.raises(ConfigError, match=r"MASTER_ADDR.*launch/slurm\.sh"):
         join(discover_ranks())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_in_vain_says_where(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as probe:  # a port that nobody listens on
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    set_all(monkeypatch, {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", **place})
+    monkeypatch.setattr(ranks, "_MEETING_TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert run_command(lambda: join(Ranks(rank, 2, 0, 1))) == LOST_RANK_EXIT
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: rank {rank} did not meet the other 1 at 127.0.0.1:")
+    assert f"{place['MASTER_PORT']} within 1 s" in error
