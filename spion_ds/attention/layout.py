@@ -11,7 +11,7 @@ from torch import Tensor
 from spion_ds.errors import ConfigError
 
 # Tokens of a column's kept blocks, over which it may be cut into parts that run side by side.
-LONGEST_PART = 1024
+LONGEST_PART = 512
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,8 @@ from spion_ds.errors import ConfigError
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCKS = (16, 32, 64, 128)
+# Asked once: torch.compile cannot trace the question.
+_INTERPRETED = not isinstance(block_sparse_attention_fwd_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
 
 
@@ -377,8 +379,7 @@ def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
         )
     if layout.block not in _BLOCKS:
         return f"the triton backend has kernels for blocks of {_BLOCKS}; got {layout.block}"
-    interpreted = not isinstance(block_sparse_attention_fwd_kernel, triton.JITFunction)
-    if not (q.is_cuda or interpreted):
+    if not (q.is_cuda or _INTERPRETED):
         return (
             f"the triton backend runs on CUDA devices (elsewhere only with TRITON_INTERPRET=1, "
             f"slowly); the tensors are on {q.device}"

@@ -185,16 +185,22 @@ def block_sparse_attention_bwd_kernel(
     Rows alone leave delta, the row sums of dO * O, for columns alone to read. In one launch
     neither waits for the other: the columns take those sums again, from out.
 
-    Head by head: the parts of long columns, the other columns, the rows. A part leaves its sums;
-    whichever part of a column comes last adds them up, in the parts' order.
+    First the parts of long columns of all heads, so that none is left for the end; then head by
+    head the other columns and the rows, so that a head's tensors are in the cache while they are
+    needed. A part leaves its sums; whichever part of a column comes last adds them up, in the
+    parts' order.
     """
     parts: tl.constexpr = BLOCK // OWN
     kv_heads = heads // GROUP
     columns = num_parts + num_cols if COLUMNS else 0
     each = columns + num_rows * GROUP if ROWS else columns
     part = tl.program_id(0) % parts
-    rank = tl.program_id(0) // parts % each
-    bh = tl.program_id(0) // parts // each
+    place = tl.program_id(0) // parts
+    copies = tl.num_programs(0) // parts // each
+    ahead = num_parts if COLUMNS else 0
+    rest = place - ahead * copies
+    rank = tl.where(rest < 0, place // copies, ahead + rest % (each - ahead))
+    bh = tl.where(rest < 0, place % copies, rest // (each - ahead))
     b, kv_head = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
     if padding_ptr is not None:
         padding_ptr += b * keys

@@ -1,7 +1,7 @@
 """How each Triton kernel cuts its work, by head_dim and block; see benchmarks/tune_tiles.py.
 
-Taken on one H100 in bf16; docs/kernels.md says what else was tried. A wrong choice costs time,
-never correctness.
+Taken on one H100 in bf16; docs/kernels_triton.md says what else was tried. A wrong choice costs
+time, never correctness.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
 TABLE["both"] = {
     32: {
         16: Tiles(16, 32, 1, 2),
-        32: Tiles(32, 32, 2, 2),
-        64: Tiles(64, 64, 4, 2),
-        128: Tiles(64, 64, 4, 2),
+        32: Tiles(32, 32, 1, 2, 168),
+        64: Tiles(64, 64, 4, 1, 128),
+        128: Tiles(64, 64, 4, 1, 128),
     },
 }
 

@@ -106,7 +106,8 @@ class BatchReader:
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cuda":
             # A new thread starts on GPU 0, whichever is this rank's.
-            self._pool = ThreadPoolExecutor(1, "reader", torch.cuda.set_device, (device,))
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._pool = ThreadPoolExecutor(1, "reader", torch.cuda.set_device, (index,))
         self._ahead: tuple[int, int, Future[list[Tensor]]] | None = None
 
     def read(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:

@@ -104,7 +104,7 @@ def test_a_new_layout_changes_nothing_that_is_compiled_in(case, device, monkeypa
     from spion_ds.attention import triton_backend, triton_kernels
 
     kernels = {}
-    for name in ("fwd", "bwd_dq", "bwd_dkv"):
+    for name in ("fwd", "bwd"):
         name = f"block_sparse_attention_{name}_kernel"
         kernels[name] = Launches(getattr(triton_backend, name), triton_kernels._DATA)
         monkeypatch.setattr(triton_backend, name, kernels[name])
@@ -116,8 +116,10 @@ def test_a_new_layout_changes_nothing_that_is_compiled_in(case, device, monkeypa
         out = block_sparse_attention(q, k, v, layout, backend="triton", **inputs.options)
         out.backward(inputs.grad)
     for kernel in kernels.values():
-        first, *others = kernel.compiled_in
-        assert others == [first, first]
+        # The backward pass of one layout may take two launches.
+        launches = len(kernel.compiled_in) // 3
+        first = kernel.compiled_in[:launches]
+        assert kernel.compiled_in == 3 * first
 
 
 @pytest.mark.gpu

@@ -121,7 +121,7 @@ def test_deepspeeds_own_keys_are_let_through(key):
         ({"block": "64"}, "sparse_attention.block is '64'; wanted: a whole number"),
         ({"block": True}, "sparse_attention.block is True"),
         ({"block": 16.0}, "sparse_attention.block is 16.0"),
-        ({"alpha": "high"}, "sparse_attention.alpha is 'high'; wanted: a number"),
+        ({"alpha": "high"}, "sparse_attention.alpha is 'high'; wanted: a finite number"),
         ({"mode": None}, "sparse_attention.mode is None; wanted: text"),
         ({"different_layout_per_head": 0}, "per_head is 0; wanted: true or false"),
         ("spion", "sparse_attention is 'spion'; a mapping is wanted"),
@@ -322,7 +322,7 @@ def test_random_blocks_differ_between_layers_and_not_between_ranks():
         ({"mode": "st"}, "unknown sparse_attention.mode 'st'"),
         ({"mode": "sat", "alpha": 0.9}, "in mode 'sat': it belongs to spion; .*loss_weight"),
         ({"mode": "spion", "loss_weight": 0.1}, "in mode 'spion': it belongs to sat"),
-        ({"mode": "sat", "loss_weight": "much"}, "loss_weight is 'much'; wanted: a number"),
+        ({"mode": "sat", "loss_weight": "much"}, "loss_weight is 'much'; wanted: a finite number"),
     ],
 )
 def test_keys_of_other_modes_are_unknown(block, words):

@@ -60,6 +60,8 @@ def environment(*, gpu: bool = False) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        # Open MPI looks for it even when all ranks are here.
+        **({} if shutil.which("ssh") or shutil.which("rsh") else {"OMPI_MCA_plm": "isolated"}),
     }
 
 

@@ -65,6 +65,8 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        # What holds the graph of an earlier step holds its stream, which a capture must not meet.
+        del loss, pattern_loss
     return losses
 
 

@@ -249,7 +249,7 @@ def test_a_rule_that_is_not_the_modes_own_stays_with_the_mode() -> None:
     [
         ("transition.rule=skew", "unknown transition.rule 'skew'.*known: distance, fixed, skewn"),
         ("transition.max_change_percent=0", r"max_change_percent is 0\.0; allowed: above 0"),
-        ("transition.min_skewness=high", "min_skewness is 'high'; wanted: a number"),
+        ("transition.min_skewness=high", "min_skewness is 'high'; wanted: a finite number"),
         ("transition.switch_step=9", "the skewness rule does not use it; set transition.rule=fix"),
     ],
 )

@@ -47,7 +47,7 @@ def prepare(rank: int, data_dir: Path, made: Path, barrier: Barrier) -> None:
     )
     ranks = Ranks(rank, NODES * LOCAL, rank % LOCAL, LOCAL)
     with mock.patch.object(listops, "_build_generated", noted):
-        dataset = prepare_data(config, data_dir, ranks, TwoNodes(barrier))
+        dataset = prepare_data(config.task, config.data, data_dir, ranks, TwoNodes(barrier))
     os._exit(0 if len(dataset.train) == 64 else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def on_a_small_disk(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script],
         cwd=ROOT,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
+        env={**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
         capture_output=True,
         text=True,
         timeout=LIMIT_SECONDS,

@@ -15,11 +15,15 @@ from spion_ds.training.ranks import import_deepspeed
 def trained_weights(ours: bool, gradients: list[list[Tensor | None]]) -> list[Tensor]:
     """Return the bf16 weights after a step for each list of gradients."""
     import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.fp16 import unfused_optimizer
     from deepspeed.runtime.fp16.loss_scaler import LossScaleConfig, LossScaleProfile
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).bfloat16()
+    # DeepSpeed keeps its buffers there.
+    device = get_accelerator().current_device_name()
+    model.to(device)
     scale = LossScaleConfig(
         low_precision_dtype=torch.bfloat16,
         dynamic_loss_scale=False,
@@ -41,7 +45,7 @@ def trained_weights(ours: bool, gradients: list[list[Tensor | None]]) -> list[Te
         assert "step" in vars(optimizer)
     for step in gradients:
         for parameter, gradient in zip(model.parameters(), step, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
+            parameter.grad = None if gradient is None else gradient.to(device, copy=True)
         optimizer.step()
     return [parameter.detach().clone() for parameter in model.parameters()]
 

@@ -65,7 +65,7 @@ def test_without_a_launcher_a_process_is_alone(
 
 
 def test_srun_without_an_address_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_all(monkeypatch, SLURM)
+    set_all(monkeypatch, {**SLURM, "DS_ACCELERATOR": "cpu"})
     with pytest.raises(ConfigError, match=r"MASTER_ADDR.*launch/slurm\.sh"):
         join(discover_ranks())
 
