@@ -71,7 +71,7 @@ def test_a_pattern_is_captured_at_65536_tokens(tmp_path: Path) -> None:
         *("transition.check_every=1", "transition.max_dense_steps=4", "training.steps=6"),
         *("training.batch_size=1", "training.precision=bf16", "optimizer.warmup_steps=1"),
     ]
-    drive("python", 1, [{"run_name": "long", "overrides": overrides}], tmp_path)
+    drive("python", 1, [{"run_name": "long", "overrides": overrides}], tmp_path, gpu=True)
     [switch] = rows(tmp_path / "runs" / "long", "switch")
     assert switch["step"] in (3, 4)
     train = rows(tmp_path / "runs" / "long", "train")

@@ -165,6 +165,23 @@ def test_pooled_maps_have_the_skewness_of_token_level_maps_on_any_ranks(trained:
         assert torch.equal(mask, sat_pattern(weight, DENSITY))
 
 
+@pytest.mark.gpu
+@pytest.mark.ranks
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_gpus_pooled_maps_have_the_skewness_of_token_level_maps(tmp_path: Path) -> None:
+    short = [*SAT, "transition.max_dense_steps=3", "training.micro_batch_size=2"]
+    sessions = [
+        {"run_name": name, "overrides": [*short, f"transition.resolution={name}"], "stop_at": 4}
+        for name in ("token", "block")
+    ]
+    drive("torchrun", min(2, torch.cuda.device_count()), sessions, tmp_path, gpu=True)
+    token, block = (rows(tmp_path / "runs" / run, "check") for run in ("token", "block"))
+    assert len(token) == len(block) == 3
+    for expected, found in zip(token, block, strict=True):
+        # Gradients are summed in no fixed order, so the second check sees slightly other weights.
+        assert found["skewness"] == pytest.approx(expected["skewness"], rel=1e-3)
+
+
 def test_a_restarted_optimizer_is_a_new_one() -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(6, 3, 5, generator=generator)
