@@ -1,4 +1,4 @@
-"""Train recipes × variants × seeds, resuming what was interrupted, and write one table.
+"""Train recipes × attentions × seeds, resuming what was interrupted, and write one table.
 
     reproduce.py launch/reproduce.yaml --recipes listops pathfinder32 --seeds 0 1 2 --minutes 25
     reproduce.py --recipes listops_small --overrides training.steps=100
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from spion_ds.training.config import attention_names
 from spion_ds.training.reproduction import ReproduceOptions, read_plan, reproduce
 from spion_ds.training.session import run_command
 
@@ -23,10 +24,15 @@ def main() -> int:
     parser.add_argument(
         "plan",
         nargs="?",
-        help="YAML with recipes, variants, seeds, overrides: launch/reproduce.yaml",
+        help="YAML with recipes, attentions, seeds, overrides: launch/reproduce.yaml",
     )
     parser.add_argument("--recipes", nargs="+", default=(), help="instead of the plan's")
-    parser.add_argument("--variants", nargs="+", default=(), help="names; default: all of the plan")
+    parser.add_argument(
+        "--attentions",
+        nargs="+",
+        default=(),
+        help=f"instead of the plan's; none is the recipes' own: {', '.join(attention_names())}",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="instead of the plan's")
     parser.add_argument(
         "--overrides", nargs="+", default=(), metavar="section.key=value", help="for all runs"
@@ -46,7 +52,7 @@ def main() -> int:
     given = vars(parser.parse_args())
 
     def command() -> None:
-        words = {name: given.pop(name) for name in ("recipes", "variants", "seeds", "overrides")}
+        words = {name: given.pop(name) for name in ("recipes", "attentions", "seeds", "overrides")}
         plan = read_plan(given.pop("plan"), **words)
         reproduce(ReproduceOptions(plan, Path(__file__).with_name("train.py"), **given))
 

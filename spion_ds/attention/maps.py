@@ -121,7 +121,7 @@ def attention_skewness(
         q, k, key_padding_mask, causal, scale: as in :func:`attention_map`.
 
     Returns:
-        () float64 on q's device; NaN where all entries are equal.
+        () float64 on q's device; 0 where all entries are equal.
 
     Raises:
         ConfigError: shapes do not fit.

@@ -66,16 +66,26 @@ class PooledMapAccumulator:
         block: side of a block, 1 to L.
         filter_size: side of the diagonal convolution, odd, or None for none.
         row_weights: (L,) floating, on the device of the queries to come.
+        keep_batches: whether to keep queries, keys and padding masks, for moments of the map that
+            are no sums over samples (:func:`skewness`).
 
     Attributes:
         total: (n, n) float64 with n = ceil(L / block). Added up over all ranks it is the pooled
             mean map, ``pool_map(mean map, block, filter_size)``.
+        batches: what was added, if it is kept.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
-    def __init__(self, block: int, filter_size: int | None, row_weights: Tensor) -> None:
+    def __init__(
+        self,
+        block: int,
+        filter_size: int | None,
+        row_weights: Tensor,
+        *,
+        keep_batches: bool = False,
+    ) -> None:
         if row_weights.dim() != 1 or not row_weights.is_floating_point():
             raise ConfigError(
                 f"row_weights has shape {tuple(row_weights.shape)} and dtype {row_weights.dtype}; "
@@ -88,6 +98,8 @@ class PooledMapAccumulator:
         self.block, self.filter_size = block, filter_size
         self.row_weights = row_weights.detach().to(torch.float64)
         self.total = self.row_weights.new_zeros((n, n))
+        self.keep_batches = keep_batches
+        self.batches: list[MapRequest] = []
 
     @torch.no_grad()
     def add(
@@ -108,18 +120,19 @@ class PooledMapAccumulator:
             raise ConfigError(
                 f"q has {q_BHLD.shape[2]} tokens; row_weights are for {self.row_weights.shape[0]}"
             )
-        self.total += pooled_map(
-            MapRequest(
-                q_BHLD,
-                k_BHLD,
-                self.row_weights,
-                key_padding_mask,
-                causal,
-                q_BHLD.shape[-1] ** -0.5 if scale is None else scale,
-                self.block,
-                self.filter_size or 1,
-            )
+        request = MapRequest(
+            q_BHLD.detach(),
+            k_BHLD.detach(),
+            self.row_weights,
+            key_padding_mask,
+            causal,
+            q_BHLD.shape[-1] ** -0.5 if scale is None else scale,
+            self.block,
+            self.filter_size or 1,
         )
+        self.total += pooled_map(request)
+        if self.keep_batches:
+            self.batches.append(request)
 
 
 def row_counts(key_padding_mask: Tensor, heads: int) -> Tensor:
@@ -193,12 +206,13 @@ def skewness(request: MapRequest) -> Tensor:
 
     The variance is the population's. The rows of a mean map sum to 1, or to 0 where the token is
     padding in every sample, so the mean is known beforehand and the powers of the differences
-    from it add up tile by tile without cancellation.
+    from it add up tile by tile without cancellation. 0 where all entries are equal.
     """
     entries = request.length**2
     mean = float((request.row_weights > 0).sum()) / entries
     square, cube = _central_sums(request, mean)
-    return (cube / entries) / (square / entries) ** 1.5
+    # Not 0 / 0. NaN stays NaN.
+    return torch.where(square == 0.0, 0.0, (cube / entries) / (square / entries) ** 1.5)
 
 
 def _central_sums(request: MapRequest, mean: float) -> Tensor:

@@ -6,6 +6,7 @@ A rule is asked at every check; how many steps lie between two checks is the cal
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,12 +146,20 @@ class SkewnessRule:
         self._before: list[Tensor] = []
         self._distances: list[float] = []
 
-    def update(self, maps: list[Tensor]) -> TransitionReport:
-        """Take the maps of one check and say whether to switch; see :class:`DistanceRule`."""
+    def update(
+        self, maps: list[Tensor], skewness: Sequence[float] | None = None
+    ) -> TransitionReport:
+        """Take the maps of one check and say whether to switch; see :class:`DistanceRule`.
+
+        Args:
+            maps: one a layer, whose distances are taken.
+            skewness: of each layer's token-level map, where ``maps`` are pooled; None computes it
+                from ``maps``.
+        """
         _check_maps(maps, self._before)
         check = self._check + 1
         nothing: list[float | None] = [None] * len(maps)
-        skewness = [_skewness(a) for a in maps]
+        skewness = [_skewness(a) for a in maps] if skewness is None else list(skewness)
         # None to compare with at check 1, and no distance before at check 2.
         distances = [_distance(*pair) for pair in zip(self._before, maps, strict=False)]
         changes = [

@@ -51,7 +51,9 @@ class TransitionConfig:
         rule: ``"distance"`` (SPION's, the default), ``"skewness"`` (SAT's, mode ``sat``'s
             default) or ``"fixed"`` (after ``switch_step`` steps).
         resolution: of the maps: ``"token"``, (L, L) as published, or ``"block"``, pooled to (n, n)
-            while they are computed. The patterns are the same; the rules compare these.
+            while they are computed. The rules compare these. SPION's patterns of a step are the
+            same with both, SAT's do not come from maps, and skewness is always a token-level
+            map's.
         check_every: steps between two checks of a rule that looks at maps; 1 in mode ``sat``.
         threshold_percent: the distance's change below which the distance rule fires.
         min_skewness: of every layer's map for the skewness rule to fire.

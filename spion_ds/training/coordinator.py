@@ -12,8 +12,9 @@ from torch import Tensor
 
 from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator, SparseSelfAttention
 from spion_ds.attention.layout import pack_mask, unpack_mask
+from spion_ds.attention.streaming_maps import MapRequest, skewness
 from spion_ds.errors import SpionError
-from spion_ds.patterns import TransitionReport, TransitionRule
+from spion_ds.patterns import SkewnessRule, TransitionReport, TransitionRule
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.ranks import Agreement
 
@@ -54,7 +55,7 @@ class Coordinator:
     """Turns the attention of a check step into one decision for all ranks.
 
     Args:
-        rule: when to switch; only rank 0's is used.
+        rule: when to switch; the same kind on every rank, and only rank 0's decides.
         sparsity_configs: one a layer; they say how a map, or SAT's W, becomes a pattern.
         blocks: n, blocks a side.
         agreement: the control channel.
@@ -81,7 +82,8 @@ class Coordinator:
 
         Args:
             observed: one accumulator a layer with this rank's share of the global batch; all
-                token-level, or all pooled as the layer's pattern needs it.
+                token-level, or all pooled as the layer's pattern needs it; these keep their
+                batches if the rule is the skewness rule.
             force: switch even if the rule does not fire.
             weights: SAT's W of each layer, which then gives the pattern in the pooled map's place.
 
@@ -89,11 +91,16 @@ class Coordinator:
             CoordinationError: on all ranks alike.
         """
         maps = [_mean_map(layer) for layer in observed]
+        streamed = _token_skewness(observed) if isinstance(self.rule, SkewnessRule) else None
         report, masks, failure = None, None, ""
         pooled: list[Tensor] | None = None
         if dist.get_rank() == 0:
             try:
-                report = self.rule.update(maps)
+                report = (
+                    self.rule.update(maps, streamed)
+                    if isinstance(self.rule, SkewnessRule)
+                    else self.rule.update(maps)
+                )
                 if weights is None:
                     pooled = [
                         attention
@@ -168,6 +175,59 @@ def _mean_map(layer: AttentionMapAccumulator | PooledMapAccumulator) -> Tensor:
     dist.reduce(layer.total, dst=0)
     dist.reduce(layer.count, dst=0)
     return (layer.total / layer.count.clamp(min=1.0)[:, None]).float()
+
+
+def _token_skewness(
+    observed: Sequence[AttentionMapAccumulator | PooledMapAccumulator],
+) -> list[float] | None:
+    """Return the skewness of each layer's token-level mean map, right on rank 0 only.
+
+    None where the accumulators have those maps. The third moment of a mean is no sum over samples:
+    for each layer one rank gets the queries and keys of the global batch.
+    """
+    pooled = [layer for layer in observed if isinstance(layer, PooledMapAccumulator)]
+    if not pooled:
+        return None
+    ranks = dist.get_world_size()
+    # All are on their way before the first is computed, so that the ranks compute side by side.
+    batches = [_gather(layer.batches, number % ranks) for number, layer in enumerate(pooled)]
+    found = pooled[0].total.new_zeros(len(pooled))
+    for number, batch in enumerate(batches):
+        if batch is not None:
+            found[number] = skewness(batch)
+    dist.reduce(found, dst=0)
+    return found.tolist()
+
+
+def _gather(batches: Sequence[MapRequest], owner: int) -> MapRequest | None:
+    """Return all ranks' micro-batches as one batch on rank ``owner``, None elsewhere."""
+    q, k, real = (
+        _gather_samples(torch.cat(parts), owner)
+        for parts in zip(*((b.q, b.k, _real(b)) for b in batches), strict=True)
+    )
+    if q is None or k is None:
+        return None
+    return batches[0]._replace(q=q, k=k, key_padding_mask=real)
+
+
+def _gather_samples(tensor: Tensor, owner: int) -> Tensor | None:
+    """Return the samples (dimension 0, as many on each rank) of all ranks on rank ``owner``."""
+    # As bytes: not every backend knows every dtype.
+    bits = tensor.contiguous().view(torch.uint8)
+    if dist.get_rank() != owner:
+        dist.gather(bits, dst=owner)
+        return None
+    ranks = dist.get_world_size()
+    whole = bits.new_empty((ranks * bits.shape[0], *bits.shape[1:]))
+    dist.gather(bits, list(whole.chunk(ranks)), dst=owner)
+    return whole.view(tensor.dtype)
+
+
+def _real(batch: MapRequest) -> Tensor:
+    """Return the padding mask (B, L), all True where there is none."""
+    if batch.key_padding_mask is not None:
+        return batch.key_padding_mask
+    return batch.q.new_ones((batch.q.shape[0], batch.length), dtype=torch.bool)
 
 
 def _fill(message: Tensor, status: int, body: bytes) -> None:

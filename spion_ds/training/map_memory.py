@@ -45,13 +45,22 @@ def check_map_memory(config: RunConfig, ranks: Ranks) -> str:
         f"{config.data.sequence_length} for {config.model.layers} layer(s): "
         f"{needed / 2**30:.1f} GiB at a check"
     )
-    remedy = "transition.resolution=block takes a few MiB and gives the same patterns"
+    remedy = f"transition.resolution=block {_what_pooling_gives(config)}"
     present = _device_bytes(ranks)
     if needed > present:
         raise ConfigError(
             f"{taken}, and the {ranks.device.type} has {present / 2**30:.1f} GiB; {remedy}"
         )
     return f"{taken}; {remedy}"
+
+
+def _what_pooling_gives(config: RunConfig) -> str:
+    taken = "takes a few MiB"
+    if config.transition.rule == "skewness":
+        taken = "keeps queries and keys instead"
+    if config.sparse_attention.mode == "sat":  # its patterns come from W
+        return f"{taken}, though the rule may fire at another step"
+    return f"{taken} and gives the same patterns of a step"
 
 
 def _device_bytes(ranks: Ranks) -> int:

@@ -1,4 +1,4 @@
-"""Trains recipes × variants × seeds, one process after the other, and puts them in one table.
+"""Trains recipes × attentions × seeds, one process after the other, and puts them in one table.
 
 Every run is what launch/train.py does with --resume auto: what is finished is left alone, what
 was interrupted goes on, and a time limit ends the present run with a checkpoint.
@@ -14,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spion_ds.errors import ConfigError, SpionError, unknown_name
+from spion_ds.errors import ConfigError, SpionError
 from spion_ds.settings import read_dataclass, require
 from spion_ds.training.config import (
     RunConfig,
@@ -35,27 +35,24 @@ from spion_ds.training.strict_files import read_yaml
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs: every recipe in every variant with every seed.
+    """Which runs: every recipe with every attention and every seed.
 
     Attributes:
         recipes: names or paths, as ``launch/train.py --recipe`` takes them.
-        variants: lists of overrides by the variant's name.
+        attentions: names, as its ``--attention`` takes them; without any, the recipes' own.
         seeds: of ``training.seed``.
-        overrides: for all runs; a variant's come after them.
+        overrides: for all runs.
     """
 
     recipes: tuple[str, ...]
-    variants: dict[str, Any] = field(default_factory=lambda: {"recipe": []})
+    attentions: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     overrides: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Raise ConfigError unless there is something to run and every variant is a list."""
-        for name in ("recipes", "variants", "seeds"):
+        """Raise ConfigError unless there is something to run."""
+        for name in ("recipes", "seeds"):
             require(bool(getattr(self, name)), name, getattr(self, name), "at least one")
-        for name, overrides in self.variants.items():
-            texts = isinstance(overrides, list) and all(isinstance(x, str) for x in overrides)
-            require(texts, f"variants.{name}", overrides, "a list of section.key=value texts")
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,14 @@ class Run:
     """One run of a plan.
 
     Attributes:
-        recipe, variant, seed: where it stands in the plan.
+        recipe, attention, seed: where it stands in the plan; no attention is the recipe's own.
         folder: where it is or will be.
         config: its configuration on one rank.
         overrides: as the command line takes them.
     """
 
     recipe: str
-    variant: str
+    attention: str | None
     seed: int
     folder: Path
     config: RunConfig
@@ -106,37 +103,30 @@ class Run:
 def read_plan(
     path: str | None,
     recipes: Sequence[str] = (),
-    variants: Sequence[str] = (),
+    attentions: Sequence[str] = (),
     seeds: Sequence[int] = (),
     overrides: Sequence[str] = (),
 ) -> Plan:
-    """Return the plan of a YAML file, narrowed or replaced by the command line.
+    """Return the plan of a YAML file, with what the command line gives in its place.
 
     Args:
         path: the file, None for none.
-        recipes, seeds: instead of the file's.
-        variants: names of the file's variants to run; () runs all.
+        recipes, attentions, seeds: instead of the file's.
         overrides: after the file's.
 
     Raises:
-        ConfigError: the file cannot be read, has an unknown key, or lacks what is named.
+        ConfigError: the file cannot be read or has an unknown key, or there is nothing to run.
     """
     values: dict[str, Any] = {}
     if path is not None:
         values = read_yaml(Path(path), f"the plan {path!r}")
-    given = {"recipes": list(recipes), "seeds": list(seeds)}
+    given = {"recipes": list(recipes), "attentions": list(attentions), "seeds": list(seeds)}
     values = {**values, **{name: value for name, value in given.items() if value}}
     values["overrides"] = [*(values.get("overrides") or []), *overrides]
     if not values.get("recipes"):
         raise ConfigError("there are no recipes to run; name some with --recipes, or in a plan")
     plan = read_dataclass(Plan, values, "")
     plan.validate()
-    for name in variants:
-        if name not in plan.variants:
-            raise ConfigError(unknown_name("variant", name, plan.variants))
-    if variants:
-        chosen = {name: plan.variants[name] for name in variants}
-        plan = Plan(plan.recipes, chosen, plan.seeds, plan.overrides)
     return plan
 
 
@@ -186,21 +176,33 @@ def plan_runs(options: ReproduceOptions) -> list[Run]:
     """Return the runs of a plan, seed by seed, after checking all configurations.
 
     Raises:
-        ConfigError: a configuration is wrong, or a finished run was made with another one.
+        ConfigError: a configuration is wrong, two runs have one folder, or a finished run was
+            made with another configuration.
     """
-    plan, runs = options.plan, []
+    plan = options.plan
+    runs: list[Run] = []
     deepspeed = read_deepspeed_json(options.ds_config) if options.ds_config else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for seed in plan.seeds:
         for recipe in plan.recipes:
-            for variant, overrides in plan.variants.items():
-                words = (*plan.overrides, *overrides, f"training.seed={seed}")
+            for attention in plan.attentions or (None,):
+                words = (*plan.overrides, f"training.seed={seed}")
                 config = build_run_config(
-                    read_recipe(recipe), deepspeed, words, world_size=1, device_type=device
+                    read_recipe(recipe),
+                    deepspeed,
+                    words,
+                    world_size=1,
+                    device_type=device,
+                    attention=attention,
                 )
-                folder = options.run_dir / f"{Path(recipe).stem}-{variant}-seed{seed}"
+                folder = options.run_dir / f"{config.recipe}-seed{seed}"
+                if folder in [run.folder for run in runs]:
+                    raise ConfigError(
+                        f"two runs of the plan would be {folder}; name each recipe, attention and "
+                        "seed once, and give recipe files different names"
+                    )
                 _check_same(folder, config)
-                runs.append(Run(recipe, variant, seed, folder, config, words))
+                runs.append(Run(recipe, attention, seed, folder, config, words))
     return runs
 
 
@@ -228,6 +230,8 @@ def _words(run: Run, options: ReproduceOptions) -> list[str]:
     words = [*launcher, str(options.train), "--recipe", run.recipe, "--resume", "auto"]
     words += ["--run_dir", str(options.run_dir), "--run_name", run.folder.name]
     words += ["--data_dir", str(options.data_dir)]
+    if run.attention is not None:
+        words += ["--attention", run.attention]
     if options.ds_config is not None:
         words += ["--ds_config", options.ds_config]
     return [*words, *run.overrides]
@@ -276,9 +280,9 @@ def _write_table(options: ReproduceOptions, runs: Sequence[Run]) -> str:
     groups: dict[tuple[str, str], list[RunResult]] = {}
     for run in runs:
         result = read_result(run.folder, run.config)
-        groups.setdefault((run.recipe, run.variant), []).append(result)
-    variants = options.plan.variants
-    table = results_table(groups, {name: variants[name] for name in variants})
+        attention = run.attention or run.config.sparse_attention.mode
+        groups.setdefault((run.recipe, attention), []).append(result)
+    table = results_table(groups, options.plan.overrides)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     temporary = options.run_dir / ".results.md"
     temporary.write_text(table)

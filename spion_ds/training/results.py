@@ -84,39 +84,39 @@ def read_result(folder: Path, config: RunConfig) -> RunResult:
 
 
 def results_table(
-    groups: Mapping[tuple[str, str], Sequence[RunResult]], variants: Mapping[str, Sequence[str]]
+    groups: Mapping[tuple[str, str], Sequence[RunResult]], overrides: Sequence[str] = ()
 ) -> str:
     """Return a Markdown page.
 
     Args:
-        groups: the runs of each (recipe, variant), one a seed.
-        variants: overrides by the variant's name.
+        groups: the runs of each (recipe, attention), one a seed.
+        overrides: of all runs, to be told.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     lines = ["# Results", "", f"{date.today()} · {device} · {versions}", ""]
+    if overrides:
+        lines += [f"All runs with {' '.join(f'`{text}`' for text in overrides)}", ""]
     for task in dict.fromkeys(runs[0].task for runs in groups.values()):
         here = {key: runs for key, runs in groups.items() if runs[0].task == task}
         lines += [f"## {task}", "", *_task_lines(here), "", *_reference_lines(task, here)]
-    lines += ["## Variants", "", "| variant | overrides |", "| --- | --- |"]
-    lines += [f"| {name} | {_words(overrides)} |" for name, overrides in variants.items()]
-    lines += ["", *_unfinished_lines([run for runs in groups.values() for run in runs])]
+    lines += [*_unfinished_lines([run for runs in groups.values() for run in runs])]
     return "\n".join(lines).rstrip() + "\n"
 
 
 _HEAD = (
-    "| recipe | variant | test accuracy, % | validation, % | runs | switch step | blocks kept, % "
+    "| recipe | attention | test accuracy, % | validation, % | runs | switch step | blocks kept, % "
     "| ms/step dense | ms/step sparse | memory dense, GiB | memory sparse, GiB |"
 )
 
 
 def _task_lines(groups: Mapping[tuple[str, str], Sequence[RunResult]]) -> list[str]:
     lines = [_HEAD, "|" + " --- |" * (_HEAD.count("|") - 1)]
-    for (recipe, variant), runs in groups.items():
+    for (recipe, attention), runs in groups.items():
         done = [run for run in runs if run.finished]
         cells = [
             Path(recipe).stem,
-            variant,
+            attention,
             _spread([run.test_accuracy for run in done], 100.0, "{:.2f}"),
             _spread([run.validation_accuracy for run in done], 100.0, "{:.2f}"),
             f"{len(done)} of {len(runs)}",
@@ -174,10 +174,6 @@ def _spread(values: Sequence[float | None], scale: float, form: str) -> str:
 def _middle(values: Sequence[float | None], scale: float, form: str) -> str:
     known = [scale * value for value in values if value is not None]
     return form.format(statistics.median(known)) if known else "–"
-
-
-def _words(overrides: Sequence[str]) -> str:
-    return " ".join(f"`{text}`" for text in overrides) or "the recipe as it is"
 
 
 def _summary(folder: Path) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ def check_rule_memory(folder: Path, state: TrainingState, config: RunConfig) -> 
     if found != config.transition.resolution:
         raise CheckpointError(
             f"transition.resolution is {config.transition.resolution}, and the checkpoint {folder} "
-            f"remembers maps of resolution {found}, with which the distance rule goes on; resume "
+            f"remembers maps of resolution {found}, with which the rule goes on; resume "
             f"it with transition.resolution={found}"
         )
 

@@ -298,7 +298,11 @@ class Trainer:
             count += row_counts(seen[1], self.config.model.heads)
         dist.all_reduce(count)
         weights = mean_row_weights(count)
-        return [PooledMapAccumulator(layer.block, layer.convolution, weights) for layer in layers]
+        keeps = self.config.transition.rule == "skewness"
+        return [
+            PooledMapAccumulator(layer.block, layer.convolution, weights, keep_batches=keeps)
+            for layer in layers
+        ]
 
     def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
         """Return the loss () of a pass in which tokens are masked."""

@@ -238,6 +238,12 @@ def test_skewness_is_that_of_the_whole_map(dtype, causal, padding):
     assert abs(found / expected - 1) < tolerance  # float32: cubes triple an entry's error
 
 
+def test_skewness_of_equal_entries_is_0_and_of_nan_is_nan():
+    q = torch.zeros(1, 1, 64, 8)
+    assert attention_skewness(q, q) == 0.0
+    assert attention_skewness(q.fill_(float("nan")), q).isnan()
+
+
 def test_specification_makes_nothing_of_the_size_of_rows_times_keys(monkeypatch):
     monkeypatch.setattr(streaming_maps, "_TILE_BYTES", 4 * 2 * 32**2)
     length, largest = 512, 0

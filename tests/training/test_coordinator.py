@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.layout import pack_mask
+from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
 from spion_ds.patterns import DistanceRule, FixedStepRule, SkewnessRule, sat_pattern, spion_cf
 from spion_ds.patterns.spion import VARIANTS
 from spion_ds.sparsity import SatSparsityConfig, SpionSparsityConfig
@@ -84,6 +85,34 @@ def test_pooled_maps_give_the_masks_of_token_level_maps(variant: str) -> None:
     # The rule compares the pooled maps that the patterns are made from.
     for now, before, distance in zip(pooled[1], pooled[0], reports[1].distances, strict=True):
         assert distance == pytest.approx(float((now - before).norm()))
+
+
+def test_at_block_resolution_skewness_is_that_of_the_token_level_mean_map() -> None:
+    layers = [SatSparsityConfig(2, BLOCK, density=0.3) for _ in range(2)]
+    weights = [torch.rand(LENGTH // BLOCK, 8) for _ in layers]
+    torch.manual_seed(0)
+    real = torch.arange(LENGTH) < torch.tensor([[LENGTH], [40], [1]])
+    row_weights = mean_row_weights(row_counts(real, 2))
+    token = [AttentionMapAccumulator() for _ in layers]
+    block = [PooledMapAccumulator(BLOCK, None, row_weights, keep_batches=True) for _ in layers]
+    for pair in zip(token, block, strict=True):
+        q, k = 2 * torch.randn(3, 2, LENGTH, 8), torch.randn(3, 2, LENGTH, 8)
+        for accumulator in pair:  # in two micro-batches
+            accumulator.add(q[:2], k[:2], real[:2])
+            accumulator.add(q[2:], k[2:], real[2:])
+    expected, found = (
+        Coordinator(SkewnessRule(), layers, LENGTH // BLOCK, Agreement()).check(
+            observed, force=False, weights=weights
+        )
+        for observed in (token, block)
+    )
+    assert expected.report is not None
+    assert found.report is not None
+    assert found.maps is not None
+    # Maps and cubes are float64; the probabilities and the token-level mean are float32.
+    assert found.report.skewness == pytest.approx(expected.report.skewness, rel=1e-5)
+    pooled = SkewnessRule().update(found.maps).skewness
+    assert found.report.skewness != pytest.approx(pooled, rel=1e-2)
 
 
 def test_stays_dense_until_the_rule_fires_or_is_forced() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from spion_ds.errors import ConfigError
+from spion_ds.training.config import attention_names
 from spion_ds.training.published import published
 from spion_ds.training.reproduction import (
     Plan,
     ReproduceOptions,
     _train,
+    _words,
     plan_runs,
     read_plan,
     reproduce,
@@ -30,23 +32,29 @@ SHIPPED = str(ROOT / "launch" / "reproduce.yaml")
 def test_the_shipped_plan_is_valid() -> None:
     plan = read_plan(SHIPPED)
     runs = plan_runs(ReproduceOptions(plan, Path("train.py"), run_dir=Path("nowhere")))
-    assert len(runs) == len(plan.recipes) * len(plan.variants) * len(plan.seeds)
+    assert set(plan.attentions) == set(attention_names())
+    assert len(runs) == len(plan.recipes) * len(plan.attentions) * len(plan.seeds)
     assert len({run.folder for run in runs}) == len(runs)
-    dense = next(run for run in runs if run.variant == "dense")
-    assert dense.config.sparse_attention.mode == "dense"
+    modes = {run.attention: run.config.sparse_attention.mode for run in runs}
+    assert (modes["dense"], modes["spion-f"], modes["sat"]) == ("dense", "spion", "sat")
+    assert "listops-sat-seed2" in [run.folder.name for run in runs]
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
 def test_the_command_line_narrows_and_replaces(tmp_path: Path) -> None:
     plan = read_plan(SHIPPED, ["a"], ["bigbird"], [7], ["x=1"])
-    assert plan == Plan(("a",), {"bigbird": ["sparse_attention.mode=bigbird"]}, (7,), ("x=1",))
+    assert plan == Plan(("a",), ("bigbird",), (7,), ("x=1",))
+    text = "recipes: [b]\noverrides: [y=2]"
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = read_plan(str(tmp_path / "plan.yaml"), overrides=["x=1"])
+    assert plan == Plan(("b",), (), (0,), ("y=2", "x=1"))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("recipes: [listops]\nseed: [1]", "unknown key 'seed'.*did you mean 'seeds'"),
-        ("recipes: [listops]\nvariants: {a: b=c}", r"variants\.a is 'b=c'; allowed: a list"),
+        ("recipes: [listops]\nattentions: dense", "attentions is 'dense'"),
         ("seeds: [1]", "no recipes to run"),
         ("recipes: listops", "recipes is 'listops'"),
         ("[1", "is not YAML"),
@@ -59,9 +67,21 @@ def test_a_wrong_plan_is_refused(text: str, message: str, tmp_path: Path) -> Non
 
 
 def test_every_configuration_is_checked_before_any_run() -> None:
-    plan = Plan(("listops",), {"a": [], "b": ["model.layer=2"]})
-    with pytest.raises(ConfigError, match=r"model\.layer"):
-        plan_runs(ReproduceOptions(plan, Path("train.py")))
+    for plan, message in (
+        (Plan(("listops",), overrides=("model.layer=2",)), r"model\.layer"),
+        (Plan(("listops",), ("dense", "bigbrid")), "'bigbrid' .did you mean 'bigbird'"),
+        (Plan(("listops",), ("sat", "dense", "sat")), "two runs of the plan would be .*-sat-seed0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan_runs(ReproduceOptions(plan, Path("train.py")))
+
+
+def test_without_attentions_the_recipes_own_is_trained() -> None:
+    options = ReproduceOptions(Plan(("listops",)), Path("train.py"))
+    [run] = plan_runs(options)
+    assert run.folder.name == "listops-seed0"
+    assert "--attention" not in _words(run, options)
+    assert run.config.sparse_attention.mode == "spion"
 
 
 def result(name: str, **known: Any) -> RunResult:
@@ -86,14 +106,14 @@ def test_the_table_has_means_spreads_and_what_is_missing() -> None:
         ],
         ("listops", "dense"): [result("d", finished=True, test_accuracy=0.38)],
     }
-    table = results_table(groups, {"cf": [], "dense": ["sparse_attention.mode=dense"]})
+    table = results_table(groups, ["training.precision=bf16"])
     # The sample standard deviation of 36 and 40 is 2.83.
     row = "| listops | cf | 38.00 ± 2.83 | – | 2 of 3 | 4 ± 0 | 5.0 ± 0.0 | 200.0 | 100.0 | 2.00 |"
     assert row in table
     assert "| listops | dense | 38.00 | – | 1 of 1 | – | – | – | – | – | – |" in table
     assert "| majority class | 17.30 | trivial reader" in table
     assert "| c | 3 of 10 |" in table
-    assert "| dense | `sparse_attention.mode=dense` |" in table
+    assert "All runs with `training.precision=bf16`" in table
     for model, accuracy, source in published("listops"):
         assert f"| {model} | {accuracy} | {source} |" in table
     assert "SPION" not in table  # its own table is not known
@@ -121,16 +141,17 @@ def test_runs_are_made_once_and_what_is_left_goes_on(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plan, table = Plan((str(TINY),), {"cf": []}), tmp_path / "results.md"
+    plan, table = Plan((str(TINY),), ("spion-f",)), tmp_path / "results.md"
     options = ReproduceOptions(plan, TRAIN, run_dir=tmp_path, data_dir=tmp_path / "data")
 
     with pytest.raises(Stopped):
         reproduce(dataclasses.replace(options, minutes=1e-9))
-    assert "| tiny-cf-seed0 | 0 of 12 |" in table.read_text()
+    assert "| tiny-spion-f-seed0 | 0 of 12 |" in table.read_text()
 
     reproduce(options)
-    run = tmp_path / "tiny-cf-seed0"
-    assert f"| tiny | cf | {100 * summary(run)['test_accuracy']:.2f} |" in table.read_text()
+    run = tmp_path / "tiny-spion-f-seed0"
+    assert "variant: f\n" in (run / "config.yaml").read_text()
+    assert f"| tiny | spion-f | {100 * summary(run)['test_accuracy']:.2f} |" in table.read_text()
     [planned] = plan_runs(options)
     found = read_result(run, planned.config)
     assert found.finished

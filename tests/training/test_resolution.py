@@ -71,7 +71,7 @@ def test_a_pattern_is_captured_at_65536_tokens(tmp_path: Path) -> None:
         *("transition.check_every=1", "transition.max_dense_steps=4", "training.steps=6"),
         *("training.batch_size=1", "training.precision=bf16", "optimizer.warmup_steps=1"),
     ]
-    drive("python", 1, [{"run_name": "long", "overrides": overrides}], tmp_path)
+    drive("python", 1, [{"run_name": "long", "overrides": overrides}], tmp_path, gpu=True)
     [switch] = rows(tmp_path / "runs" / "long", "switch")
     assert switch["step"] in (3, 4)
     train = rows(tmp_path / "runs" / "long", "train")
@@ -106,5 +106,7 @@ def test_large_token_level_maps_are_told_before_training() -> None:
     assert token_map_bytes(config(8192), 2) == 2 * 8192**2 * (2 * 8 + 3 * 4)
     assert "3.5 GiB at a check" in check_map_memory(config(8192), ranks)
     assert check_map_memory(config(2**21, *BLOCK), ranks) == ""
+    sat = check_map_memory(config(8192, "sparse_attention.mode=sat"), ranks)
+    assert "keeps queries and keys instead, though the rule may fire at another step" in sat
     with pytest.raises(ConfigError, match=r"229376\.0 GiB at a check, and the cpu has"):
         check_map_memory(config(2**21), ranks)

@@ -46,11 +46,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *stopped(folder, "stopped"),
         {"run_name": "dense", "overrides": ["sparse_attention.mode=dense", "training.steps=12"]},
     ]
-    drive("python", 1, dense, folder)
     split = ["training.micro_batch_size=2", "model.activation_checkpointing=true"]
+    block = ["transition.resolution=block", "transition.max_dense_steps=3"]
+    dense.append({"run_name": "block", "overrides": [*SAT, *block], "stop_at": 4})
+    drive("python", 1, dense, folder)
     sessions = [
         {"run_name": "zero2", "stage": 2, "overrides": [*SAT, *split]},
         *stopped(folder, "zero3", stage=3),
+        {"run_name": "split_block", "overrides": [*SAT, *split, *block], "stop_at": 4},
     ]
     drive("torchrun", 2, sessions, folder)
     return folder / "runs"
@@ -140,6 +143,43 @@ def test_the_log_has_the_pattern_loss_and_the_halved_rate(trained: Path) -> None
     events = b"".join(path.read_bytes() for path in (trained / "whole").glob("events.*"))
     for name in (b"train/pattern_loss", b"check/skewness_layer1", b"mask/layer1"):
         assert name in events
+
+
+@pytest.mark.ranks
+def test_pooled_maps_have_the_skewness_of_token_level_maps_on_any_ranks(trained: Path) -> None:
+    whole, one, two = (
+        rows(trained / run, "check")[:3] for run in ("whole", "block", "split_block")
+    )
+    for token, block, split in zip(whole, one, two, strict=True):
+        # Probabilities are float32, and so is the token-level mean map.
+        assert block["skewness"] == pytest.approx(token["skewness"], rel=1e-5)
+        # Weights that were learned with sums in another order.
+        assert split["skewness"] == pytest.approx(token["skewness"], rel=1e-3)
+    assert one[1]["distance"] == pytest.approx(two[1]["distance"], rel=1e-3)
+    assert one[1]["distance"] != pytest.approx(whole[1]["distance"], rel=1e-3)
+    learned = patterns(trained / "split_block")[4]
+    state, _ = load_state(trained / "split_block" / "checkpoints" / "step-000004")
+    assert state.switch_step == 3
+    assert state.masks is not None
+    for mask, weight in zip(state.masks, learned, strict=True):
+        assert torch.equal(mask, sat_pattern(weight, DENSITY))
+
+
+@pytest.mark.gpu
+@pytest.mark.ranks
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_gpus_pooled_maps_have_the_skewness_of_token_level_maps(tmp_path: Path) -> None:
+    short = [*SAT, "transition.max_dense_steps=3", "training.micro_batch_size=2"]
+    sessions = [
+        {"run_name": name, "overrides": [*short, f"transition.resolution={name}"], "stop_at": 4}
+        for name in ("token", "block")
+    ]
+    drive("torchrun", min(2, torch.cuda.device_count()), sessions, tmp_path, gpu=True)
+    token, block = (rows(tmp_path / "runs" / run, "check") for run in ("token", "block"))
+    assert len(token) == len(block) == 3
+    for expected, found in zip(token, block, strict=True):
+        # Gradients are summed in no fixed order, so the second check sees slightly other weights.
+        assert found["skewness"] == pytest.approx(expected["skewness"], rel=1e-3)
 
 
 def test_a_restarted_optimizer_is_a_new_one() -> None:
