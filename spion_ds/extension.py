@@ -287,7 +287,7 @@ def _compile(sources: list[Path], library: Path) -> None:
             # Ninja compiles as many at a time as there are processors, or MAX_JOBS.
             sources=[str(source) for source in compiled],
             extra_cflags=["-O3", "-fopenmp"],
-            extra_ldflags=["-fopenmp"],
+            extra_ldflags=["-fopenmp", *shared_standard_library()],
             build_directory=build,
             with_cuda=False,
             is_python_module=False,
@@ -295,6 +295,21 @@ def _compile(sources: list[Path], library: Path) -> None:
         # Already loaded from here, so what enters the cache is known to load. Loading the renamed
         # file again is harmless: it is the same file to the dynamic loader.
         os.replace(Path(build) / "spion_ds_ops.so", library)
+
+
+def shared_standard_library() -> list[str]:
+    """Return linker arguments for the C++ library that PyTorch itself has loaded.
+
+    Where a tool chain prefers the static one, an operator gets a copy of it whose streams crash
+    on the first number, as in the message of an error.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    asked = [compiler, "-print-file-name=libstdc++.so.6"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [found] if Path(found).is_absolute() else []  # a bare name: there is none
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from spion_ds.attention.hopper_plan import column_list, row_list
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.errors import ConfigError
+from spion_ds.extension import shared_standard_library
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
@@ -69,6 +70,7 @@ def load() -> None:
             sources=[str(path) for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])],
             extra_cflags=["-O3"],
             extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
+            extra_ldflags=shared_standard_library(),
             is_python_module=False,
         )
     except (RuntimeError, OSError, ImportError) as error:
