@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
 from spion_ds.extension import operators_available
 
@@ -27,13 +28,7 @@ def block_sparse_attention_cpu(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    *,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    pruned: str,
-    dropout_p: float,
-    dropout_key: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, L, D) in q's dtype; arguments as in ``block_sparse_attention``.
 
@@ -47,8 +42,9 @@ def block_sparse_attention_cpu(
         raise ConfigError(reason)
     out, _ = torch.ops.spion_ds.cpu_attention_fwd(
         *(q, k, v, layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx),
-        *(key_padding_mask, dropout_key if dropout_p > 0.0 else None),
-        *(layout.block, scale, causal, pruned == "zero", dropout_p),
+        *(options.key_padding_mask, options.dropout_key if options.dropout_p > 0.0 else None),
+        *(layout.block, options.scale, options.causal),
+        *(options.pruned == "zero", options.dropout_p),
     )
     return out
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spion_ds.attention.dropout import HAS_TRITON
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
 from spion_ds.errors import ConfigError, unknown_name
@@ -73,18 +74,9 @@ def block_sparse_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     # A backend chooses the precision of its products itself.
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        return _implementation(backend, q, layout)(
-            q,
-            k,
-            v,
-            layout,
-            key_padding_mask=key_padding_mask,
-            causal=causal,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            pruned=pruned,
-            dropout_p=dropout_p,
-            dropout_key=dropout_key,
-        )
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options = AttentionOptions(key_padding_mask, causal, scale, pruned, dropout_p, dropout_key)
+        return _implementation(backend, q, layout)(q, k, v, layout, options)
 
 
 def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:

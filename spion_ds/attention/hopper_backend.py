@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from spion_ds.attention.hopper_plan import column_list, row_list
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
 from spion_ds.extension import shared_standard_library
 
@@ -27,15 +28,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCE_FOLDERS = (_PACKAGE / "csrc" / "hopper", _PACKAGE.parent / "csrc" / "hopper")
 
 
-def unsupported(
-    q: Tensor,
-    layout: BlockLayout,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> str | None:
-    """Return why there is no kernel for tensors like ``q`` with this layout, None if there is."""
+def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
+    """Return why there is no kernel for such a call, None if there is."""
     if q.dtype not in _DTYPES or q.shape[3] not in _HEAD_DIMS:
         return (
             f"the hopper backend takes bf16 and fp16 with head_dim 64 and 128; got {q.dtype} with "
@@ -43,10 +37,10 @@ def unsupported(
         )
     if layout.block not in _BLOCKS:
         return f"the hopper backend has kernels for blocks of {_BLOCKS}; got {layout.block}"
-    if causal or dropout_p > 0.0:
+    if options.causal or options.dropout_p > 0.0:
         return "the hopper backend has no causal masking and no dropout"
-    if scale is not None and scale <= 0.0:
-        return f"the hopper backend takes a scale above 0; got {scale}"
+    if options.scale <= 0.0:
+        return f"the hopper backend takes a scale above 0; got {options.scale}"
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return f"the hopper backend runs on GPUs of compute capability 9.0; q is on {q.device}"
     return None
@@ -85,13 +79,7 @@ def block_sparse_attention_hopper(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    *,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    pruned: str,
-    dropout_p: float,
-    dropout_key: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, L, D) in q's dtype; arguments as in ``block_sparse_attention``.
 
@@ -100,12 +88,14 @@ def block_sparse_attention_hopper(
     Raises:
         ConfigError: no kernel for these arguments or this device.
     """
-    reason = unsupported(q, layout, causal=causal, scale=scale, dropout_p=dropout_p)
+    reason = unsupported(q, layout, options)
     if reason is not None:
         raise ConfigError(reason)
     load()
     q, k, v = (_copyable(x) for x in (q, k, v))
-    return _BlockSparseAttention.apply(q, k, v, layout, scale, pruned == "zero", key_padding_mask)
+    return _BlockSparseAttention.apply(
+        *(q, k, v, layout, options.scale, options.pruned == "zero", options.key_padding_mask)
+    )
 
 
 class _BlockSparseAttention(torch.autograd.Function):

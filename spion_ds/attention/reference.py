@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spion_ds.attention.dropout import combine, keep_mask
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.options import AttentionOptions
 
 
 def block_sparse_attention_reference(
@@ -17,13 +18,7 @@ def block_sparse_attention_reference(
     k_BHMD: Tensor,
     v_BHMD: Tensor,
     layout: BlockLayout,
-    *,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    pruned: str,
-    dropout_p: float,
-    dropout_key: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, L, D) attention over the kept blocks; arguments as in the public function.
 
@@ -34,28 +29,28 @@ def block_sparse_attention_reference(
     k_BHMD = k_BHMD.repeat_interleave(groups, dim=1)
     v_BHMD = v_BHMD.repeat_interleave(groups, dim=1)
 
-    valid_BHLM = valid_entries(q_BHLD, k_BHMD, key_padding_mask, causal)
+    valid_BHLM = valid_entries(q_BHLD, k_BHMD, options.key_padding_mask, options.causal)
     kept_BHLM = valid_BHLM & token_mask(layout, q_BHLD.shape[2], k_BHMD.shape[2])
 
-    scores_BHLM = (q_BHLD @ k_BHMD.transpose(-2, -1)) * scale
+    scores_BHLM = (q_BHLD @ k_BHMD.transpose(-2, -1)) * options.scale
     scores_BHLM = scores_BHLM.masked_fill(~kept_BHLM, float("-inf"))
     # A constant shift, so it carries no gradient; 0 where a row keeps nothing.
     shift_BHL1 = scores_BHLM.detach().amax(dim=-1, keepdim=True)
     shift_BHL1 = shift_BHL1.masked_fill(shift_BHL1 == float("-inf"), 0.0)
     pruned_BHL1 = (valid_BHLM & ~kept_BHLM).sum(dim=-1, keepdim=True)
-    if pruned == "zero":
+    if options.pruned == "zero":
         # At least the logit 0 of a pruned entry, in the rows that have one.
         shift_BHL1 = torch.where(pruned_BHL1 > 0, shift_BHL1.clamp(min=0.0), shift_BHL1)
     weights_BHLM = (scores_BHLM - shift_BHL1).exp()
     total_BHL1 = weights_BHLM.sum(dim=-1, keepdim=True)
-    if pruned == "zero":
+    if options.pruned == "zero":
         total_BHL1 = total_BHL1 + pruned_BHL1 * (-shift_BHL1.clamp(min=0.0)).exp()
     probs_BHLM = weights_BHLM / total_BHL1.masked_fill(total_BHL1 == 0.0, 1.0)
 
-    if dropout_p > 0.0:
-        assert dropout_key is not None
-        keep = attention_keep_mask(dropout_key, probs_BHLM.shape, dropout_p)
-        probs_BHLM = probs_BHLM * keep * (1.0 / (1.0 - dropout_p))
+    if options.dropout_p > 0.0:
+        assert options.dropout_key is not None
+        keep = attention_keep_mask(options.dropout_key, probs_BHLM.shape, options.dropout_p)
+        probs_BHLM = probs_BHLM * keep * (1.0 / (1.0 - options.dropout_p))
     return probs_BHLM @ v_BHMD
 
 

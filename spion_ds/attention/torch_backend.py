@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from spion_ds.attention.dropout import combine, keep_mask
 from spion_ds.attention.grouping import Group, group_by_degree
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.options import AttentionOptions
 
 # Bytes of one intermediate (scores of a piece of a group): about what stays in a CPU's cache, and
 # enough to fill a GPU while staying small beside the activations.
@@ -103,13 +104,7 @@ def block_sparse_attention_torch(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    *,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    pruned: str,
-    dropout_p: float,
-    dropout_key: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, L, D); arguments as in ``block_sparse_attention``."""
     groups = q.shape[1] // k.shape[1]
@@ -118,7 +113,7 @@ def block_sparse_attention_torch(
     length, key_length = q.shape[2], k.shape[2]
     query_pad = layout.num_rows * layout.block - length
     key_pad = layout.num_cols * layout.block - key_length
-    valid = key_padding_mask
+    valid = options.key_padding_mask
     if key_pad:
         if valid is None:
             valid = torch.ones((k.shape[0], key_length), dtype=torch.bool, device=k.device)
@@ -126,8 +121,10 @@ def block_sparse_attention_torch(
         valid = F.pad(valid, (0, key_pad))
     if query_pad:
         q = F.pad(q, (0, 0, 0, query_pad))
-    settings = _Settings(layout.block, scale, causal, pruned, dropout_p)
-    out = _BlockSparseAttention.apply(q, k, v, layout, settings, valid, dropout_key)
+    settings = _Settings(
+        *(layout.block, options.scale, options.causal, options.pruned, options.dropout_p)
+    )
+    out = _BlockSparseAttention.apply(q, k, v, layout, settings, valid, options.dropout_key)
     return out[:, :, :length]
 
 

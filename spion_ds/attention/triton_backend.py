@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from spion_ds.attention.dropout import keep_threshold
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.triton_kernels import (
     block_sparse_attention_bwd_kernel,
     block_sparse_attention_fwd_kernel,
@@ -36,13 +37,7 @@ def block_sparse_attention_triton(
     k: Tensor,
     v: Tensor,
     layout: BlockLayout,
-    *,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    pruned: str,
-    dropout_p: float,
-    dropout_key: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, L, D) in q's dtype; arguments as in ``block_sparse_attention``.
 
@@ -55,16 +50,20 @@ def block_sparse_attention_triton(
     reason = unsupported(q, layout)
     if reason is not None:
         raise ConfigError(reason)
+    scale = options.scale
     if scale <= 0.0:
         # The kernels take the largest unscaled score for the largest scaled one.
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
-    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
-    key = dropout_key if dropout_p > 0.0 else None
+    padding = options.key_padding_mask
+    padding = None if padding is None else padding.contiguous()
+    key = options.dropout_key if options.dropout_p > 0.0 else None
     index: tuple[Tensor, ...] = (
         *(layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx),
         *(layout.col_order, layout.col_parts),
     )
-    settings = _Settings(layout.block, scale, causal, pruned == "zero", dropout_p)
+    settings = _Settings(
+        *(layout.block, scale, options.causal, options.pruned == "zero", options.dropout_p)
+    )
     if torch.compiler.is_compiling():
         return _fwd_op(q, k, v, *index, padding, key, *settings)[0]
     return _BlockSparseAttention.apply(q, k, v, index, padding, key, settings)

@@ -1,0 +1,27 @@
+"""What a backend of block-sparse attention is asked for besides tensors and layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionOptions(NamedTuple):
+    """Arguments of ``block_sparse_attention``, checked, none left to a default.
+
+    Attributes:
+        key_padding_mask: (batch, M) bool, True = real token, or None.
+        causal: whether entries above the diagonal are masked.
+        scale: factor of the scores.
+        pruned: ``"zero"`` or ``"excluded"``.
+        dropout_p: probability of dropping a kept probability.
+        dropout_key: (batch,) int32; None only without dropout.
+    """
+
+    key_padding_mask: Tensor | None
+    causal: bool
+    scale: float
+    pruned: str
+    dropout_p: float
+    dropout_key: Tensor | None
