@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import get_masks, load_model
-from spion_ds.training.inference import EvaluateOptions, run_evaluate
+from spion_ds.training.inference import EvaluateOptions, open_model, run_evaluate
 from tests.training.launching import (
     LIMIT_SECONDS,
     ROOT,
@@ -58,6 +60,19 @@ def test_evaluate_reports_what_training_reported(trained: Path) -> None:
             assert len(table[row]) >= 2
         agreements.add(re.search(r"predictions agree on ([\d.]+%)", out)[1])
     assert len(agreements) == 1  # whatever the number of ranks
+
+
+def test_a_checkpoint_opens_where_its_run_could_not_train(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    shutil.copytree(trained / "runs" / "r", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["training"].update(precision="fp16", cuda_graph=True, micro_batch_size=2)
+    # Of four ranks with a GPU each.
+    config["deepspeed"] = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    opened = open_model(run)
+    assert opened.step == summary(run)["best_step"]
+    assert opened.batch_size == 8  # what a rank took at once when the checkpoint was written
 
 
 def test_an_exported_model_predicts_what_its_checkpoint_does(
