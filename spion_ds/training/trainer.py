@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,15 @@ class Trainer:
         if self._stopping:
             self.log.say(f"step {state.step}: asked to stop; a checkpoint is saved")
         return state.step == training.steps
+
+    def watched(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return ``forward`` so that the watch sees this rank move at every call."""
+
+        def call(*inputs: Tensor) -> Tensor:
+            self.watch.tick(self.state.step)
+            return forward(*inputs)
+
+        return call
 
     def _step(self) -> str:
         """Take one optimizer step and return its phase; on a check step, decide the switch."""
@@ -442,7 +452,7 @@ class Trainer:
         self.timer.stop()
         self.engine.eval()
         result = evaluate(
-            self._forward,
+            self.watched(self.engine),
             self.dataset.validation,
             self.config.batches.micro,
             self.ranks,
@@ -460,10 +470,6 @@ class Trainer:
         if best:
             state.best_step, state.best_accuracy = state.step, result.accuracy
         return best
-
-    def _forward(self, *inputs: Tensor) -> Tensor:
-        self.watch.tick(self.state.step)
-        return self.engine(*inputs)
 
     def _save(self, best: bool) -> None:
         self.timer.stop()

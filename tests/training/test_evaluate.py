@@ -9,15 +9,22 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from spion_ds.data import Split
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import get_masks, load_model
+from spion_ds.training import session
+from spion_ds.training.checkpoint import TrainingState
+from spion_ds.training.deepspeed_config import BatchSizes
 from spion_ds.training.inference import EvaluateOptions, open_model, run_evaluate
+from spion_ds.training.trainer import Trainer
 from tests.training.launching import (
     LIMIT_SECONDS,
     ROOT,
@@ -134,3 +141,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resumes(tmp_path: Path) ->
     assert "go on with --resume" in out, out
     stopped = max(losses(metrics.parent))
     assert (metrics.parent / "checkpoints" / "latest").read_text() == f"step-{stopped:06d}"
+
+
+def test_the_last_test_moves_for_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[int] = []
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.watch, trainer.state = SimpleNamespace(tick=ticks.append), TrainingState(step=12)
+    cpu = torch.device("cpu")
+    ranks: Any = SimpleNamespace(rank=0, world_size=1, is_first=False, device=cpu)
+    ids, ones = np.ones((6, 4), np.uint8), np.ones(6, np.int64)
+    dataset: Any = SimpleNamespace(test=Split(ids, ones, ones))
+    config: Any = SimpleNamespace(batches=BatchSizes(total=2, micro=2))
+    model = lambda input_ids, padding_mask: torch.zeros(len(input_ids), 10)  # noqa: E731
+    monkeypatch.setattr(session, "find_checkpoint", lambda *_: Path())
+    monkeypatch.setattr(session, "load_checkpoint_model", lambda *_: model)
+    session._sum_up(trainer, config, dataset, ranks, Path())
+    assert ticks == [12, 12, 12]
