@@ -315,7 +315,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         ConfigError: neither is there, or the file is not a YAML mapping.
     """
     if name in recipe_names():
-        text = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml").read_text()
+        file = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml")
+        text = file.read_text(encoding="utf-8")
         return {"recipe": name, **parse_yaml(text, f"recipe {name!r}")}
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):

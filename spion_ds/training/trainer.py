@@ -313,7 +313,8 @@ class Trainer:
     def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
         """Return the loss () of a pass in which tokens are masked."""
         mask_id = get_task(self.config.task).vocab_size
-        batch = mask_tokens(input_ids, padding_mask, keys[-1], mask_id)
+        real = self.model.real_tokens(input_ids, padding_mask)
+        batch = mask_tokens(input_ids, real, keys[-1], mask_id)
         logits = self.engine(batch.input_ids, padding_mask, keys[:-2], guess_tokens=True)
         return batch.loss(logits)
 
