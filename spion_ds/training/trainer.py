@@ -136,8 +136,6 @@ class Trainer:
             sparsity = [attention.sparsity_config for attention in self.model.attentions]
             self.state.masks = [layer.make_mask(length) for layer in sparsity]
             self.state.switch_step = 0
-        if self.state.masks is not None:
-            self._freeze_patterns()
         self._derive_layouts()
         self._compare_layouts()
         configs = [attention.sparsity_config for attention in self.model.attentions]
@@ -364,7 +362,6 @@ class Trainer:
             )
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
-            self._freeze_patterns()
             if self.config.sparse_attention.restarts_optimizer:
                 restart(self.engine.basic_optimizer)
             self._derive_layouts()
@@ -383,10 +380,6 @@ class Trainer:
         rare = self.config.transition.check_every >= log_every
         if decision.masks is not None or rare or state.step % log_every == 0:
             self.log.pictures(state.step, decision.maps, decision.masks)
-
-    def _freeze_patterns(self) -> None:
-        for pattern in self.model.patterns:
-            pattern.freeze()
 
     def _pattern_weights(self) -> list[Tensor] | None:
         """Return SAT's W of each layer, whole on every rank; None in other modes."""
