@@ -51,6 +51,8 @@ def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: P
         {"recipe": pairs, "run_name": "pairs"},
         {"recipe": pixels, "run_name": "pixels", "attention": "bigbird"},
         {**everything, "run_name": "open", "stage": 3},
+        {**everything, "run_name": "stopped", "stage": 3, "stop_at": 3},
+        {"resume": str(tmp_path / "runs" / "stopped")},
     ]
     two = [
         {"recipe": pairs, "run_name": "pairs-2"},
@@ -64,6 +66,9 @@ def test_pairs_and_pixels_train_and_masks_do_not_depend_on_the_ranks(tmp_path: P
         for step, loss in losses(runs / name).items():
             # Sums of another order, in fp32.
             assert losses(runs / f"{name}-2")[step] == pytest.approx(loss, rel=1e-4)
+    # Augmentation, masks and the weight of each loss go on where they were.
+    assert losses(runs / "stopped") == losses(runs / "open")
+    assert digest(runs / "stopped") == digest(runs / "open")
     # An untrained model guesses among 17 tokens: ln 17 = 2.8, give or take its random weights.
     assert rows(runs / "open", "train")[0]["masked_token_loss"] == pytest.approx(2.8, abs=0.5)
     assert digest(runs / "token") == digest(runs / "block")
