@@ -22,7 +22,13 @@ from spion_ds.models import set_masks
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.augmentation import make_augmentation
-from spion_ds.training.batches import Batch, BatchOrder, BatchReader, micro_batch_positions
+from spion_ds.training.batches import (
+    Batch,
+    BatchOrder,
+    BatchReader,
+    DrawKeys,
+    micro_batch_positions,
+)
 from spion_ds.training.checkpoint import (
     TrainingState,
     gathered,
@@ -162,7 +168,7 @@ class Trainer:
                 config.training.seed,
                 step,
                 torch.from_numpy(places),
-                2 * self.model.dropout_places + 2,
+                DrawKeys.places(self.model.dropout_places),
             ),
             self.device,
         )
@@ -244,10 +250,9 @@ class Trainer:
         counted = torch.zeros_like(self._sums)
         for micro_step in range(config.batches.accumulation):
             batch, keys = self._read(micro_step)
-            places = self.model.dropout_places
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (batch.input_ids, batch.padding_mask, keys[:places])
+            inputs = (batch.input_ids, batch.padding_mask, keys.dropout)
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
@@ -256,7 +261,7 @@ class Trainer:
             if config.model.masked_token_loss > 0.0:
                 # Not left out: every parameter shall have a gradient.
                 loss = loss * float(state.step >= config.training.pretrain_steps)
-                masked_loss = self._masked_token_loss(*inputs[:2], keys[places:])
+                masked_loss = self._masked_token_loss(batch, keys)
                 counted[4] += masked_loss.detach() * len(batch.labels)
                 loss = loss + config.model.masked_token_loss * masked_loss
             pattern_loss = self.model.take_pattern_loss()
@@ -281,14 +286,13 @@ class Trainer:
             self.timer.count()
         return phase
 
-    def _read(self, micro_step: int) -> tuple[Batch, Tensor]:
-        """Return a micro-batch of the present step, augmented, and its keys (places, B) int32.
-
-        The places: dropout, dropout of the pass with masked tokens, augmentation, masks.
-        """
-        batch, keys = self.reader.read(self.state.step, micro_step)
+    def _read(self, micro_step: int) -> tuple[Batch, DrawKeys]:
+        """Return a micro-batch of the present step, augmented, and its keys."""
+        batch, found = self.reader.read(self.state.step, micro_step)
+        keys = DrawKeys.split(found)
         if self.augmentation is not None:
-            batch = replace(batch, input_ids=self.augmentation(batch.input_ids, keys[-2]))
+            augmented = self.augmentation(batch.input_ids, keys.augmentation)
+            batch = replace(batch, input_ids=augmented)
         return batch, keys
 
     def _observers(self) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
@@ -308,13 +312,15 @@ class Trainer:
         weights = mean_row_weights(count)
         return [PooledMapAccumulator(layer.block, layer.convolution, weights) for layer in layers]
 
-    def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
+    def _masked_token_loss(self, batch: Batch, keys: DrawKeys) -> Tensor:
         """Return the loss () of a pass in which tokens are masked."""
         mask_id = get_task(self.config.task).vocab_size
-        real = self.model.real_tokens(input_ids, padding_mask)
-        batch = mask_tokens(input_ids, real, keys[-1], mask_id)
-        logits = self.engine(batch.input_ids, padding_mask, keys[:-2], guess_tokens=True)
-        return batch.loss(logits)
+        real = self.model.real_tokens(batch.input_ids, batch.padding_mask)
+        masked = mask_tokens(batch.input_ids, real, keys.masks, mask_id)
+        logits = self.engine(
+            masked.input_ids, batch.padding_mask, keys.masked_dropout, guess_tokens=True
+        )
+        return masked.loss(logits)
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""

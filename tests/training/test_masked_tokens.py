@@ -15,6 +15,7 @@ from spion_ds.data import TASKS
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.training.batches import Batch, DrawKeys
 from spion_ds.training.masked_tokens import MASKED_SHARE, mask_tokens
 from spion_ds.training.trainer import Trainer
 from tests.training.test_config import build
@@ -95,8 +96,9 @@ def test_hidden_zeros_are_not_masked() -> None:
     seen: list[torch.Tensor] = []
     trainer.engine = lambda ids, *rest, **named: seen.append(ids) or model(ids, *rest, **named)
     ids, real, _ = batch(8, 64)
-    keys = sample_keys(0, 1, torch.arange(8), model.dropout_places + 2)
-    assert trainer._masked_token_loss(ids, real, keys) > 0
+    keys = sample_keys(0, 1, torch.arange(8), DrawKeys.places(model.dropout_places))
+    given = Batch(ids, real, torch.zeros(8, dtype=torch.int64))
+    assert trainer._masked_token_loss(given, DrawKeys.split(keys)) > 0
     assert (seen[0] == vocabulary).any()
     assert torch.equal(seen[0] == 0, ids == 0)  # as the layers see it, padding
 
