@@ -106,7 +106,7 @@ class TransitionConfig:
     def is_check(self, step: int) -> bool:
         """Return whether the maps of the ``step``-th step (from 1) are looked at."""
         if self.rule == "fixed":
-            return self.switch_step is not None and step >= self.switch_step
+            return step >= (self.switch_step or 0) or self.is_forced(step)
         return step % self.check_every == 0 or self.is_forced(step)
 
     def is_forced(self, step: int) -> bool:
