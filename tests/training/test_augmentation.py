@@ -12,8 +12,8 @@ import torch
 
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.data import Dataset, Split
-from spion_ds.data.listops import CLOSE_ID, ListOpsConfig, evaluate
-from spion_ds.data.listops_trees import MIN_ID, SM_ID, TreeShape, draw_trees
+from spion_ds.data.listops import ListOpsConfig, evaluate
+from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, SM_ID, TreeShape, draw_trees
 from spion_ds.errors import ConfigError
 from spion_ds.training.augmentation import flip_and_turn, make_augmentation, shuffle_operands
 
