@@ -13,22 +13,23 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.cache import SPLITS, Dataset, Split, create_split, prepare_cache, sha256_of
+from spion_ds.data.listops_official import (
+    OFFICIAL_FILES,
+    check_ends,
+    encode,
+    official_paths,
+    parse_official,
+)
 from spion_ds.data.listops_trees import (
-    CLOSE_ID,
-    DIGIT_IDS,
-    MAX_ID,
-    MED_ID,
-    MIN_ID,
     NUM_CLASSES,
     PAD_ID,
-    SM_ID,
     UNKNOWN_ID,
     VOCAB_SIZE,
     TreeShape,
@@ -37,7 +38,7 @@ from spion_ds.data.listops_trees import (
     truncated_value,
 )
 from spion_ds.data.skyformer import Pickles
-from spion_ds.errors import ConfigError, DataError, near_matches
+from spion_ds.errors import ConfigError, DataError
 
 __all__ = [
     "NUM_CLASSES",
@@ -51,7 +52,6 @@ __all__ = [
     "fill_splits",
     "is_readable",
     "majority_baseline",
-    "parse_official",
     "prepare",
     "root_operator_baseline",
     "trivial_baselines",
@@ -61,22 +61,9 @@ __all__ = [
 # Part of the cache's name: raise it when the same configuration gives other trees.
 GENERATOR_VERSION = 1
 GENERATE = "generate"
-OFFICIAL_FILES = {
-    "train": "basic_train.tsv",
-    "validation": "basic_val.tsv",
-    "test": "basic_test.tsv",
-}
 PICKLES = Pickles("listops", "lra-listops", VOCAB_SIZE, NUM_CLASSES, padded=True)
 # Draws without a new tree after which a configuration counts as impossible.
 BARREN_DRAWS = 2**21
-
-_TOKEN_IDS = {b"%d" % (token_id - DIGIT_IDS[0]): token_id for token_id in DIGIT_IDS} | {
-    b"[MIN": MIN_ID,
-    b"[MAX": MAX_ID,
-    b"[MED": MED_ID,
-    b"[SM": SM_ID,
-    b"]": CLOSE_ID,
-}
 
 
 @dataclass(frozen=True)
@@ -165,7 +152,7 @@ def prepare(config: ListOpsConfig, root: Path, verify: bool = True) -> Dataset:
     if pickles := PICKLES.paths(config.source):
         return PICKLES.prepare(pickles, config.sequence_length, root, verify)
     check_source(config)
-    paths = _official_paths(config.source)
+    paths = official_paths(config.source)
     parameters = {
         "source": "official",
         "sha256": {path.name: sha256_of(path) for path in paths.values()},
@@ -263,28 +250,10 @@ def check_source(config: ListOpsConfig) -> None:
     if config.source == GENERATE or PICKLES.paths(config.source):
         return
     try:
-        for path in _official_paths(config.source).values():
-            _check_ends(path, config.sequence_length)
+        for path in official_paths(config.source).values():
+            check_ends(path, config.sequence_length)
     except OSError as error:
         raise DataError(f"an official file cannot be read: {error}") from error
-
-
-def parse_official(path: Path, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (tokens,) uint8 ids and the label 0..9 of each line of an official file.
-
-    Parentheses are dropped; a token that ListOps does not have becomes ``UNKNOWN_ID``.
-
-    Raises:
-        DataError: the file is truncated, of another format, or has a sequence longer than
-            ``sequence_length``; it names the file and the line.
-    """
-    with path.open("rb") as file:
-        _check_header(path, file)
-        number = 1
-        for number, line in enumerate(file, start=2):
-            yield _parse_line(line, f"{path}, line {number}", sequence_length)
-        if number == 1:
-            raise _not_official(f"{path}, line 2", "nothing", "the file is truncated")
 
 
 def _build_official(config: ListOpsConfig, paths: dict[str, Path], folder: Path) -> None:
@@ -296,103 +265,6 @@ def _build_official(config: ListOpsConfig, paths: dict[str, Path], folder: Path)
             split.input_ids[row, : len(ids)] = ids
             split.lengths[row] = len(ids)
             split.labels[row] = label
-
-
-def _official_paths(source: str) -> dict[str, Path]:
-    """Return the path of each split's file; all exist."""
-    folder = Path(source).expanduser()
-    names = OFFICIAL_FILES.values()
-    if not any((folder / name).exists() for name in names) and (folder / "listops-1000").is_dir():
-        folder = folder / "listops-1000"
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DataError(
-            f"data.source is {source!r}{near_matches(source, [GENERATE])}, but {folder} lacks "
-            f"{', '.join(missing)}; give the folder with the three official files of ListOps, "
-            f"or {GENERATE!r}, which needs none"
-        )
-    return {split: folder / name for split, name in OFFICIAL_FILES.items()}
-
-
-def _not_official(where: str, found: str, hint: str) -> DataError:
-    return DataError(
-        f"{where}: expected an expression, a tab and its value 0..9, found {found}: {hint}; "
-        f"unpack the official file again, or set data.source to {GENERATE!r}"
-    )
-
-
-def _check_header(path: Path, file: BinaryIO) -> None:
-    header = file.readline(4096)
-    if header.rstrip(b"\r\n") != b"Source\tTarget":
-        raise DataError(
-            f"{path}, line 1: expected the header 'Source<TAB>Target', found {_shown(header)}; "
-            f"unpack the official file again, or set data.source to {GENERATE!r}"
-        )
-
-
-def _check_ends(path: Path, sequence_length: int) -> None:
-    with path.open("rb") as file:
-        _check_header(path, file)
-        first = file.readline()
-        if not first:
-            raise _not_official(f"{path}, line 2", "nothing", "the file is truncated")
-        _parse_line(first, f"{path}, line 2", sequence_length)
-        _parse_line(_last_line(file), f"{path}, last line", sequence_length)
-
-
-def _last_line(file: BinaryIO) -> bytes:
-    # Longer than any line of the official files, which are about 10 KB.
-    size = file.seek(0, 2)
-    file.seek(max(0, size - (1 << 20)))
-    return file.readlines()[-1]
-
-
-def _parse_line(line: bytes, where: str, sequence_length: int) -> tuple[np.ndarray, int]:
-    source, tab, target = line.rstrip(b"\r\n").partition(b"\t")
-    if not tab:
-        raise _not_official(where, f"no tab in {_shown(line)}", "the file is truncated or another")
-    if target not in _TOKEN_IDS or _TOKEN_IDS[target] not in DIGIT_IDS:
-        raise _not_official(where, f"the value {_shown(target)}", "not a digit")
-    if source.count(b"[") != source.count(b"]"):
-        raise _not_official(where, "brackets that do not close", "the file is damaged")
-    tokens = source.translate(None, delete=b"()").split()
-    if not tokens:
-        raise _not_official(where, "no expression", "the file is damaged or another")
-    if len(tokens) > sequence_length:
-        raise DataError(
-            f"{where}: {len(tokens)} tokens do not fit data.sequence_length {sequence_length}; "
-            "raise it"
-        )
-    ids = np.array([_TOKEN_IDS.get(token, UNKNOWN_ID) for token in tokens], np.uint8)
-    return ids, int(target)
-
-
-def encode(text: str) -> np.ndarray:
-    """Return the token ids (tokens,) uint8 of one expression, e.g. ``[MAX 2 [MIN 7 3 ] ]``.
-
-    Raises:
-        DataError: it has a token that ListOps does not have, or its brackets do not close.
-    """
-    tokens = text.encode().translate(None, delete=b"()").split()
-    for token in tokens:
-        if token not in _TOKEN_IDS:
-            raise DataError(
-                f"{_shown(token)} is no token of ListOps; allowed: 0 to 9, [MIN, [MAX, [MED, [SM "
-                "and ], with spaces between them"
-            )
-    depth = 0
-    for place, token in enumerate(tokens):
-        depth += token.startswith(b"[") - (token == b"]")
-        if depth < 0 or (depth == 0 and place < len(tokens) - 1):
-            raise DataError(f"the expression ends at token {place + 1} of {len(tokens)}")
-    if depth > 0:
-        raise DataError(f"{depth} bracket(s) do not close")
-    return np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
-
-
-def _shown(line: bytes) -> str:
-    """Return the start of a line for a message."""
-    return repr(line[:40].decode("utf-8", "replace")) if line else "nothing"
 
 
 def trivial_baselines(train: Split, split: Split) -> dict[str, float]:

@@ -276,11 +276,14 @@ class EncoderClassifier(nn.Module):
 
         (B, L) each; (2·B, L) with two documents, which go through the same layers.
         """
-        if self.config.zero_is_padding:
-            padding_mask = padding_mask & (input_ids != 0)
+        padding_mask = self.real_tokens(input_ids, padding_mask)
         if self.documents > 1:
             return input_ids.flatten(0, 1), padding_mask.flatten(0, 1)
         return input_ids, padding_mask
+
+    def real_tokens(self, input_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """Return the padding mask, in its shape, without what ``zero_is_padding`` hides."""
+        return padding_mask & (input_ids != 0) if self.config.zero_is_padding else padding_mask
 
     def _watched_patterns(self) -> list[LearnedPattern]:
         """Return the patterns that learn from the pass that begins, and tell them to watch it."""

@@ -12,6 +12,8 @@ from spion_ds.models.encoder import EncoderClassifier
 def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
     """Give each layer its (n, n) mask; None makes all layers dense.
 
+    With masks SAT's patterns have been learned: they are frozen.
+
     Raises:
         CheckpointError: a layer's pattern is static, and the mask is another one.
     """
@@ -28,6 +30,9 @@ def set_masks(model: EncoderClassifier, masks: list[Tensor] | None) -> None:
                     f"layer {layer} was trained with another {type(sparsity).__name__} layout than "
                     "this version makes; use the version that saved the checkpoint"
                 )
+    if masks is not None:
+        for pattern in model.patterns:
+            pattern.freeze()
 
 
 def get_masks(model: EncoderClassifier) -> list[Tensor] | None:

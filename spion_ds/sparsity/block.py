@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.settings import read_dataclass, require
-from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
+from spion_ds.sparsity.config import SparsityConfig
 from spion_ds.sparsity.modes import (
     BigBirdAttentionConfig,
     BSLongformerAttentionConfig,
@@ -31,7 +31,7 @@ class SparseAttentionConfig:
     """A ``sparse_attention`` block of mode ``spion``: dense first, then SPION's pattern.
 
     Attributes:
-        mode: ``"spion"``, or ``"dense"``: the same without ever switching.
+        mode: ``"spion"``.
         block: side of a block in tokens: 16, 32, 64 or 128.
         different_layout_per_head: False; SPION's pattern is shared by a layer's heads.
         variant: ``"cf"``, ``"f"`` or ``"c"``.
@@ -61,8 +61,6 @@ class SparseAttentionConfig:
     def validate(self, sequence_length: int) -> None:
         """Raise ConfigError unless every value is in range for inputs of ``sequence_length``."""
         at = "sparse_attention."
-        if self.mode not in ("dense", "spion"):
-            raise ConfigError(unknown_name(f"{at}mode", self.mode, MODES))
         check_block(self.block, sequence_length)
         if self.variant not in VARIANTS:
             raise ConfigError(unknown_name(f"{at}variant", self.variant, VARIANTS))
@@ -93,8 +91,6 @@ class SparseAttentionConfig:
 
     def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
         """Return a new SparsityConfig for one layer."""
-        if self.mode == "dense":
-            return DenseSparsityConfig(num_heads, self.block)
         return SpionSparsityConfig(
             num_heads,
             self.block,

@@ -27,7 +27,12 @@ class AcceleratedForward:
     """
 
     def __init__(
-        self, model: nn.Module, *, compile: bool, cuda_graph: bool, backend: str = "inductor"
+        self,
+        model: nn.Module,
+        *,
+        compile: bool,
+        cuda_graph: bool,
+        backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self.model, self.cuda_graph = model, cuda_graph
         self._compiled: Forward | None = None

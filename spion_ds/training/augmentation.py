@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spion_ds.attention.dropout import combine
-from spion_ds.data import Dataset
+from spion_ds.data import Dataset, Split
 from spion_ds.data.listops import is_readable
 from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, PAD_ID, SM_ID
 from spion_ds.errors import ConfigError
@@ -39,7 +40,9 @@ def make_augmentation(task: str, data: Any, dataset: Dataset) -> Augmentation:
                 "training.augment is true, but data.source has ListOps in another vocabulary than "
                 "ours; set training.augment to false, or data.source to 'generate'"
             )
-        return lambda ids, keys: shuffle_operands(ids, keys, data.max_depth)
+        # Files need not keep to data.max_depth, which says how trees are drawn.
+        depth = _deepest(dataset.train)
+        return lambda ids, keys: shuffle_operands(ids, keys, depth)
     return lambda ids, keys: flip_and_turn(ids, keys, data.image_size)
 
 
@@ -87,6 +90,16 @@ def shuffle_operands(ids_BL: Tensor, keys: Tensor, max_depth: int) -> Tensor:
         new = torch.where(nodes & (depth == level), moved, new)
     new = torch.where(closes, (new + size - 1).gather(1, opening), new)
     return torch.empty_like(ids_BL).scatter(1, new, ids_BL)
+
+
+def _deepest(split: Split) -> int:
+    """Return an upper bound of the depth of all nodes: one below the deepest operator."""
+    depth = 1
+    for start in range(0, len(split), 1024):
+        ids = split.input_ids[start : start + 1024]
+        steps = ((ids >= MIN_ID) & (ids <= SM_ID)).astype(np.int16) - (ids == CLOSE_ID)
+        depth = max(depth, int(steps.cumsum(axis=1, dtype=np.int16).max()) + 1)
+    return depth
 
 
 def _shuffled_offsets(operands: Tensor, parent: Tensor, size: Tensor, draws: Tensor) -> Tensor:

@@ -28,6 +28,34 @@ class Batch:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class DrawKeys:
+    """Keys of what is drawn for a micro-batch, int32, as ``sample_keys`` makes them.
+
+    Attributes:
+        dropout: (dropout places, B), of the task's pass.
+        masked_dropout: (dropout places, B), of the pass with masked tokens.
+        augmentation: (B,).
+        masks: (B,), which tokens are masked.
+    """
+
+    dropout: Tensor
+    masked_dropout: Tensor
+    augmentation: Tensor
+    masks: Tensor
+
+    @staticmethod
+    def places(dropout_places: int) -> int:
+        """Return how many keys a sample has, for a model of so many dropout places."""
+        return 2 * dropout_places + 2
+
+    @classmethod
+    def split(cls, keys: Tensor) -> DrawKeys:
+        """Return the keys (places, B) of a micro-batch by what they are for."""
+        half = len(keys) // 2 - 1
+        return cls(keys[:half], keys[half : 2 * half], keys[-2], keys[-1])
+
+
 class BatchOrder:
     """Endless shuffled order of a split: every epoch a new permutation, cut into global batches.
 

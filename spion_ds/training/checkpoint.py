@@ -121,7 +121,8 @@ def save_checkpoint(
 def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     """Return the training state of a checkpoint, and what its run was.
 
-    The second value has ``identity``, ``batch_size``, ``world_size`` and ``zero_stage``.
+    The second value has ``identity``, ``batch_size``, ``micro_batch_size``, ``seed``,
+    ``world_size``, ``zero_stage`` and ``precision``.
 
     Raises:
         CheckpointError: the file is damaged or of another format.
@@ -209,6 +210,7 @@ def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, An
     run = {
         "identity": identity(config),
         "batch_size": config.batches.total,
+        "micro_batch_size": config.batches.micro,
         "seed": config.training.seed,
         "world_size": ranks.world_size,
         "zero_stage": zero_stage(config.resolved),

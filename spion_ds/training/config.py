@@ -108,7 +108,7 @@ class TransitionConfig:
     def is_check(self, step: int) -> bool:
         """Return whether the maps of the ``step``-th step (from 1) are looked at."""
         if self.rule == "fixed":
-            return self.switch_step is not None and step >= self.switch_step
+            return step >= (self.switch_step or 0) or self.is_forced(step)
         return step % self.check_every == 0 or self.is_forced(step)
 
     def is_forced(self, step: int) -> bool:
@@ -317,7 +317,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         ConfigError: neither is there, or the file is not a YAML mapping.
     """
     if name in recipe_names():
-        text = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml").read_text()
+        file = importlib.resources.files("spion_ds.recipes").joinpath(f"{name}.yaml")
+        text = file.read_text(encoding="utf-8")
         return {"recipe": name, **parse_yaml(text, f"recipe {name!r}")}
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):

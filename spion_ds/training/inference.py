@@ -138,15 +138,23 @@ def open_model(
         facts = {name: trained[name] for name in ("phase", "step", "batch_size")}
         return TrainedModel(model, config["task"], data, place, **facts)
     folder = find_checkpoint(place, "best")
-    state, _ = load_state(folder)
-    # The batch only has to divide for training; evaluation takes any number of ranks.
-    run = build_run_config(saved_recipe(folder), None, (), world_size=1, device_type=device.type)
+    state, saved = load_state(folder)
+    # DeepSpeed's values and these fit the ranks and devices that trained, not those that evaluate.
+    recipe = {**saved_recipe(folder), "deepspeed": {}}
+    training_only = ("precision=fp32", "cuda_graph=false", "micro_batch_size=null")
+    run = build_run_config(
+        recipe,
+        None,
+        [f"training.{override}" for override in training_only],
+        world_size=1,
+        device_type=device.type,
+    )
     model = load_checkpoint_model(folder, run, device)
     if dtype is not None:
         model = model.to(dtype)
-    return TrainedModel(
-        model, run.task, run.data, folder, state.phase, state.step, run.batches.micro
-    )
+    share = saved["batch_size"] // saved["world_size"]
+    batch_size = saved.get("micro_batch_size", share)  # early checkpoints do not say
+    return TrainedModel(model, run.task, run.data, folder, state.phase, state.step, batch_size)
 
 
 def export_checkpoint(place: str | Path, folder: str | Path) -> None:

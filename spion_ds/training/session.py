@@ -323,7 +323,12 @@ def _sum_up(
     best = find_checkpoint(folder, "best")
     model = load_checkpoint_model(best, config, ranks.device)
     test = evaluate(
-        model, dataset.test, config.batches.micro, ranks, ranks.device, "testing the best"
+        trainer.watched(model),
+        dataset.test,
+        config.batches.micro,
+        ranks,
+        ranks.device,
+        "testing the best",
     )
     if not ranks.is_first:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,13 @@ from spion_ds.models import set_masks
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.augmentation import make_augmentation
-from spion_ds.training.batches import Batch, BatchOrder, BatchReader, micro_batch_positions
+from spion_ds.training.batches import (
+    Batch,
+    BatchOrder,
+    BatchReader,
+    DrawKeys,
+    micro_batch_positions,
+)
 from spion_ds.training.checkpoint import (
     TrainingState,
     gathered,
@@ -135,8 +142,6 @@ class Trainer:
             sparsity = [attention.sparsity_config for attention in self.model.attentions]
             self.state.masks = [layer.make_mask(length) for layer in sparsity]
             self.state.switch_step = 0
-        if self.state.masks is not None:
-            self._freeze_patterns()
         self._derive_layouts()
         self._compare_layouts()
         configs = [attention.sparsity_config for attention in self.model.attentions]
@@ -163,7 +168,7 @@ class Trainer:
                 config.training.seed,
                 step,
                 torch.from_numpy(places),
-                2 * self.model.dropout_places + 2,
+                DrawKeys.places(self.model.dropout_places),
             ),
             self.device,
         )
@@ -216,6 +221,15 @@ class Trainer:
             self.log.say(f"step {state.step}: asked to stop; a checkpoint is saved")
         return state.step == training.steps
 
+    def watched(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return ``forward`` so that the watch sees this rank move at every call."""
+
+        def call(*inputs: Tensor) -> Tensor:
+            self.watch.tick(self.state.step)
+            return forward(*inputs)
+
+        return call
+
     def _step(self) -> str:
         """Take one optimizer step and return its phase; on a check step, decide the switch."""
         config, state = self.config, self.state
@@ -236,10 +250,9 @@ class Trainer:
         counted = torch.zeros_like(self._sums)
         for micro_step in range(config.batches.accumulation):
             batch, keys = self._read(micro_step)
-            places = self.model.dropout_places
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
                 attention.observer = accumulator
-            inputs = (batch.input_ids, batch.padding_mask, keys[:places])
+            inputs = (batch.input_ids, batch.padding_mask, keys.dropout)
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
@@ -248,7 +261,7 @@ class Trainer:
             if config.model.masked_token_loss > 0.0:
                 # Not left out: every parameter shall have a gradient.
                 loss = loss * float(state.step >= config.training.pretrain_steps)
-                masked_loss = self._masked_token_loss(*inputs[:2], keys[places:])
+                masked_loss = self._masked_token_loss(batch, keys)
                 counted[4] += masked_loss.detach() * len(batch.labels)
                 loss = loss + config.model.masked_token_loss * masked_loss
             pattern_loss = self.model.take_pattern_loss()
@@ -273,14 +286,13 @@ class Trainer:
             self.timer.count()
         return phase
 
-    def _read(self, micro_step: int) -> tuple[Batch, Tensor]:
-        """Return a micro-batch of the present step, augmented, and its keys (places, B) int32.
-
-        The places: dropout, dropout of the pass with masked tokens, augmentation, masks.
-        """
-        batch, keys = self.reader.read(self.state.step, micro_step)
+    def _read(self, micro_step: int) -> tuple[Batch, DrawKeys]:
+        """Return a micro-batch of the present step, augmented, and its keys."""
+        batch, found = self.reader.read(self.state.step, micro_step)
+        keys = DrawKeys.split(found)
         if self.augmentation is not None:
-            batch = replace(batch, input_ids=self.augmentation(batch.input_ids, keys[-2]))
+            augmented = self.augmentation(batch.input_ids, keys.augmentation)
+            batch = replace(batch, input_ids=augmented)
         return batch, keys
 
     def _observers(self) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
@@ -304,12 +316,15 @@ class Trainer:
             for layer in layers
         ]
 
-    def _masked_token_loss(self, input_ids: Tensor, padding_mask: Tensor, keys: Tensor) -> Tensor:
+    def _masked_token_loss(self, batch: Batch, keys: DrawKeys) -> Tensor:
         """Return the loss () of a pass in which tokens are masked."""
         mask_id = get_task(self.config.task).vocab_size
-        batch = mask_tokens(input_ids, padding_mask, keys[-1], mask_id)
-        logits = self.engine(batch.input_ids, padding_mask, keys[:-2], guess_tokens=True)
-        return batch.loss(logits)
+        real = self.model.real_tokens(batch.input_ids, batch.padding_mask)
+        masked = mask_tokens(batch.input_ids, real, keys.masks, mask_id)
+        logits = self.engine(
+            masked.input_ids, batch.padding_mask, keys.masked_dropout, guess_tokens=True
+        )
+        return masked.loss(logits)
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""
@@ -357,7 +372,6 @@ class Trainer:
             )
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
-            self._freeze_patterns()
             if self.config.sparse_attention.restarts_optimizer:
                 restart(self.engine.basic_optimizer)
             self._derive_layouts()
@@ -376,10 +390,6 @@ class Trainer:
         rare = self.config.transition.check_every >= log_every
         if decision.masks is not None or rare or state.step % log_every == 0:
             self.log.pictures(state.step, decision.maps, decision.masks)
-
-    def _freeze_patterns(self) -> None:
-        for pattern in self.model.patterns:
-            pattern.freeze()
 
     def _pattern_weights(self) -> list[Tensor] | None:
         """Return SAT's W of each layer, whole on every rank; None in other modes."""
@@ -446,7 +456,7 @@ class Trainer:
         self.timer.stop()
         self.engine.eval()
         result = evaluate(
-            self._forward,
+            self.watched(self.engine),
             self.dataset.validation,
             self.config.batches.micro,
             self.ranks,
@@ -464,10 +474,6 @@ class Trainer:
         if best:
             state.best_step, state.best_accuracy = state.step, result.accuracy
         return best
-
-    def _forward(self, *inputs: Tensor) -> Tensor:
-        self.watch.tick(self.state.step)
-        return self.engine(*inputs)
 
     def _save(self, best: bool) -> None:
         self.timer.stop()

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from spion_ds.data import Split, get_task, listops
-from spion_ds.data.listops import ListOpsConfig, fill_splits, parse_official, prepare
+from spion_ds.data.listops import ListOpsConfig, fill_splits, prepare
+from spion_ds.data.listops_official import OFFICIAL_FILES, parse_official
 from spion_ds.data.listops_trees import (
     UNKNOWN_ID,
     TreeShape,
@@ -311,7 +312,7 @@ def nested(tree: int | tuple[str, list]) -> str:
 
 def write_official(folder: Path, splits: list[Split], newline: str = "\r\n") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, split in zip(listops.OFFICIAL_FILES.values(), splits, strict=True):
+    for name, split in zip(OFFICIAL_FILES.values(), splits, strict=True):
         lines = ["Source\tTarget"]
         for ids, length, label in zip(split.input_ids, split.lengths, split.labels, strict=True):
             lines.append(f"{nested(parse_tree(text_of(ids[:length])))}\t{label}")

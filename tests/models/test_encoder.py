@@ -368,3 +368,21 @@ def test_neither_evaluation_nor_frozen_patterns_have_a_pattern_loss():
         pattern.freeze()
     made.train()(ids, real)
     assert made.take_pattern_loss() is None
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_checkpointed_layers_are_computed_twice_and_have_the_same_gradients(phase, positions):
+    ids, real = batch()
+    found = []
+    for checkpointing in (False, True):
+        sizes = replace(SMALL, positions=positions, activation_checkpointing=checkpointing)
+        made = model(sizes, phase=phase)
+        passes, seen = [], AttentionMapAccumulator()
+        made.layers[1].ffn_in.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        made.attentions[0].observer = seen
+        made(ids, real, sample_keys(0, 5, torch.arange(4), made.dropout_places)).sum().backward()
+        assert len(passes) == 1 + checkpointing
+        found.append([seen.total, *(parameter.grad for parameter in made.parameters())])
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)

@@ -59,6 +59,28 @@ def test_the_encoder_sees_the_order_of_its_tokens_without_a_table_of_positions()
     torch.testing.assert_close(blind(ids.flip(1), real), blind(ids, real))
 
 
+def test_the_encoder_sees_distances_alone() -> None:
+    made = encoder(replace(SMALL, layers=2))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "qkv.weight" in name:
+                weight *= 4.0  # attention that has to do with its scores
+    ids = torch.randint(1, 17, (2, 30), generator=torch.Generator().manual_seed(0))
+    placed, masks = [], []
+    for first in (0, 11):
+        sequence = torch.zeros(2, 48, dtype=torch.int64)
+        sequence[:, first : first + 30] = ids
+        placed.append(sequence)
+        masks.append(sequence > 0)
+    # Angles of up to 40 in float32 are good to 4e-6.
+    torch.testing.assert_close(
+        made(placed[1], masks[1]), made(placed[0], masks[0]), rtol=0, atol=1e-4
+    )
+    assert not torch.allclose(
+        made(placed[0].flip(1), masks[0].flip(1)), made(placed[0], masks[0]), rtol=0, atol=1e-3
+    )
+
+
 def test_an_odd_head_dim_is_refused() -> None:
     replace(SMALL, head_dim=5, positions="learned").validate()
     with pytest.raises(ConfigError, match=r"model\.head_dim is 5; allowed: an even number"):

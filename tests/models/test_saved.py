@@ -30,14 +30,15 @@ SPION = {"mode": "spion", "block": BLOCK}
 FIXED = {"mode": "fixed", "block": BLOCK, "num_local_blocks": 2, "different_layout_per_head": True}
 
 
-def tiny_model(block: dict[str, Any]) -> EncoderClassifier:
+def tiny_model(block: dict[str, Any], documents: int = 1, **named: Any) -> EncoderClassifier:
     torch.manual_seed(0)
-    config = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
-    return EncoderClassifier(config, read_sparse_attention(block), 17, 10, LENGTH).eval()
+    sizes = {"dim": 16, "ffn_dim": 32, "layers": 2, "heads": 2, "head_dim": 16}
+    config = ModelConfig(**sizes, classifier_dim=16, **named)
+    return EncoderClassifier(config, read_sparse_attention(block), 17, 10, LENGTH, documents).eval()
 
 
-def sparse_model() -> EncoderClassifier:
-    model = tiny_model(SPION)
+def sparse_model(block: dict[str, Any] = SPION, **named: Any) -> EncoderClassifier:
+    model = tiny_model(block, **named)
     first, second = torch.eye(5, dtype=torch.bool), torch.eye(5, dtype=torch.bool)
     first[:, 1], second[3] = True, True
     set_masks(model, [first, second])
@@ -65,6 +66,26 @@ def test_a_loaded_model_is_the_saved_one(kind: str, tmp_path: Path) -> None:
     masks, before = get_masks(loaded), get_masks(model)
     assert (masks is None) == (before is None) == (kind == "dense")
     assert all(torch.equal(a, b) for a, b in zip(masks or [], before or [], strict=True))
+
+
+def test_rotary_positions_token_head_pairs_and_sats_w_are_saved(tmp_path: Path) -> None:
+    sat = {"mode": "sat", "block": BLOCK}
+    named = {"positions": "rotary", "masked_token_loss": 1.0, "zero_is_padding": True}
+    model = sparse_model(sat, documents=2, **named)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert loaded.config == model.config
+    ids, padding_mask = (torch.stack([x, x.flip(0)], dim=1) for x in inputs())
+    ids[:, :, 5] = 0
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, padding_mask), model(ids, padding_mask))
+        guesses = [m(ids, padding_mask, guess_tokens=True) for m in (loaded, model)]
+    assert torch.equal(*guesses)
+    assert torch.equal(loaded.patterns[1].weight, model.patterns[1].weight)
+    # Its pattern is there: trained on, it learns no other.
+    loaded.train()(ids, padding_mask)
+    assert loaded.take_pattern_loss() is None
+    assert not loaded.patterns[0].weight.requires_grad
 
 
 def test_it_runs_in_bf16(tmp_path: Path) -> None:

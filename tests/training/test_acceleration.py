@@ -51,8 +51,6 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
             mask = torch.eye(4, dtype=torch.bool)
             mask[:, 1] = True
             set_masks(model, [mask, mask])
-            for pattern in model.patterns:
-                pattern.freeze()
         for attention in model.attentions:
             attention.layout(LENGTH, inputs[0].device)
         with forward.step(number >= 3, tuple(inputs)):
@@ -107,12 +105,22 @@ def test_replayed_steps_have_the_losses_of_plain_steps(
 
 def test_evaluation_is_not_accelerated() -> None:
     model = tiny_model(torch.device("cpu"))
-    accelerated = AcceleratedForward(model, compile=True, cuda_graph=False, backend="aot_eager")
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    accelerated = AcceleratedForward(model, compile=True, cuda_graph=False, backend=backend)
     *inputs, _ = batches(model, torch.device("cpu"))[0]
     before = copy.deepcopy(model).eval()(*inputs)
+    assert not compiled
     with accelerated.step(False, tuple(inputs)):
         model(*inputs)
+    graphs = len(compiled)
+    assert graphs > 0
     assert torch.equal(model.eval()(*inputs), before)
+    assert len(compiled) == graphs
 
 
 @pytest.mark.parametrize(

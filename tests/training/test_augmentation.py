@@ -12,8 +12,8 @@ import torch
 
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.data import Dataset, Split
-from spion_ds.data.listops import CLOSE_ID, evaluate
-from spion_ds.data.listops_trees import MIN_ID, SM_ID, TreeShape, draw_trees
+from spion_ds.data.listops import ListOpsConfig, evaluate
+from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, SM_ID, TreeShape, draw_trees
 from spion_ds.errors import ConfigError
 from spion_ds.training.augmentation import flip_and_turn, make_augmentation, shuffle_operands
 
@@ -97,6 +97,17 @@ def test_images_take_all_eight_flips_and_turns() -> None:
     assert max(abs(n - 500) for n in seen.values()) < 5 * 500**0.5
 
 
+def test_trees_deeper_than_the_configuration_says_keep_their_labels() -> None:
+    ids = trees(20)
+    labels = np.array([evaluate(row.tolist()) for row in ids], np.uint8)
+    split = Split(ids, (ids > 0).sum(axis=1).astype(np.int32), labels)
+    files = ListOpsConfig(source="a folder", max_depth=3)
+    augment = make_augmentation("listops", files, Dataset(split, split, split, Path(), {}))
+    shuffled = augment(torch.from_numpy(ids).long(), keys(20)).numpy()
+    for before, after in zip(ids, shuffled, strict=True):
+        assert unordered(parsed(after)) == unordered(parsed(before))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_draws_the_same() -> None:
@@ -112,7 +123,7 @@ def test_listops_of_another_vocabulary_are_refused() -> None:
     ids = trees(20)
     labels = np.array([evaluate(row.tolist()) for row in ids], np.uint8)
     lengths = (ids > 0).sum(axis=1).astype(np.int32)
-    config = type("Data", (), {"max_depth": DEPTH})
+    config = object()
 
     def dataset(tokens: np.ndarray) -> Dataset:
         split = Split(tokens, lengths, labels)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
+from spion_ds.data import Split
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import get_masks, load_model
-from spion_ds.training.inference import EvaluateOptions, run_evaluate
+from spion_ds.training import session
+from spion_ds.training.checkpoint import TrainingState
+from spion_ds.training.deepspeed_config import BatchSizes
+from spion_ds.training.inference import EvaluateOptions, open_model, run_evaluate
+from spion_ds.training.trainer import Trainer
 from tests.training.launching import (
     LIMIT_SECONDS,
     ROOT,
@@ -58,6 +67,19 @@ def test_evaluate_reports_what_training_reported(trained: Path) -> None:
             assert len(table[row]) >= 2
         agreements.add(re.search(r"predictions agree on ([\d.]+%)", out)[1])
     assert len(agreements) == 1  # whatever the number of ranks
+
+
+def test_a_checkpoint_opens_where_its_run_could_not_train(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    shutil.copytree(trained / "runs" / "r", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["training"].update(precision="fp16", cuda_graph=True, micro_batch_size=2)
+    # Of four ranks with a GPU each.
+    config["deepspeed"] = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    opened = open_model(run)
+    assert opened.step == summary(run)["best_step"]
+    assert opened.batch_size == 8  # what a rank took at once when the checkpoint was written
 
 
 def test_an_exported_model_predicts_what_its_checkpoint_does(
@@ -119,3 +141,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_resumes(tmp_path: Path) ->
     assert "go on with --resume" in out, out
     stopped = max(losses(metrics.parent))
     assert (metrics.parent / "checkpoints" / "latest").read_text() == f"step-{stopped:06d}"
+
+
+def test_the_last_test_moves_for_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[int] = []
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.watch, trainer.state = SimpleNamespace(tick=ticks.append), TrainingState(step=12)
+    cpu = torch.device("cpu")
+    ranks: Any = SimpleNamespace(rank=0, world_size=1, is_first=False, device=cpu)
+    ids, ones = np.ones((6, 4), np.uint8), np.ones(6, np.int64)
+    dataset: Any = SimpleNamespace(test=Split(ids, ones, ones))
+    config: Any = SimpleNamespace(batches=BatchSizes(total=2, micro=2))
+    model = lambda input_ids, padding_mask: torch.zeros(len(input_ids), 10)  # noqa: E731
+    monkeypatch.setattr(session, "find_checkpoint", lambda *_: Path())
+    monkeypatch.setattr(session, "load_checkpoint_model", lambda *_: model)
+    session._sum_up(trainer, config, dataset, ranks, Path())
+    assert ticks == [12, 12, 12]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from spion_ds.attention.dropout import sample_keys
+from spion_ds.data import TASKS
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.training.batches import Batch, DrawKeys
 from spion_ds.training.masked_tokens import MASKED_SHARE, mask_tokens
+from spion_ds.training.trainer import Trainer
 from tests.training.test_config import build
 
 VOCABULARY = 17
@@ -78,6 +83,24 @@ def test_the_encoder_guesses_every_token_from_the_others(documents: int) -> None
     other[..., 5] = (other[..., 5] + 1) % VOCABULARY
     changed = model(other, real, guess_tokens=True)
     assert not torch.allclose(changed[..., 3, :], logits[..., 3, :])
+
+
+def test_hidden_zeros_are_not_masked() -> None:
+    sizes = ModelConfig(
+        dim=8, ffn_dim=8, layers=1, heads=1, head_dim=8, zero_is_padding=True, masked_token_loss=1.0
+    )
+    vocabulary = TASKS["image"].vocab_size
+    model = EncoderClassifier(sizes, SparseAttentionConfig(block=16), vocabulary, 10, 64)
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.config, trainer.model = SimpleNamespace(task="image"), model
+    seen: list[torch.Tensor] = []
+    trainer.engine = lambda ids, *rest, **named: seen.append(ids) or model(ids, *rest, **named)
+    ids, real, _ = batch(8, 64)
+    keys = sample_keys(0, 1, torch.arange(8), DrawKeys.places(model.dropout_places))
+    given = Batch(ids, real, torch.zeros(8, dtype=torch.int64))
+    assert trainer._masked_token_loss(given, DrawKeys.split(keys)) > 0
+    assert (seen[0] == vocabulary).any()
+    assert torch.equal(seen[0] == 0, ids == 0)  # as the layers see it, padding
 
 
 @pytest.fixture
