@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity.config import SparsityConfig
-from spion_ds.sparsity.geometry import check_count, check_direction, same_window
+from spion_ds.sparsity.geometry import check_count, check_direction, keep_global, same_window
 
 
 class FixedSparsityConfig(SparsityConfig):
@@ -80,10 +80,7 @@ class FixedSparsityConfig(SparsityConfig):
         """Keep the global blocks of head ``h``, in place, and return ``layout``."""
         for start in self._global_starts(h, layout.shape[1]):
             blocks = slice(start, start + self.num_global_blocks)
-            first_row = start if self.attention == "unidirectional" else 0
-            layout[h, first_row:, blocks] = 1
-            if self.horizontal_global_attention:
-                layout[h, blocks, :] = 1
+            keep_global(layout[h], blocks, self.attention, self.horizontal_global_attention)
         return layout
 
     def make_layout(self, seq_len: int) -> Tensor:

@@ -36,6 +36,17 @@ def check_fits(name: str, value: int, blocks: int, block: int) -> None:
         )
 
 
+def keep_global(layout: Tensor, blocks: slice, attention: str, horizontal: bool) -> None:
+    """Let every query attend to the key ``blocks`` in ``layout`` (n, n), in place.
+
+    Queries before the blocks do not if ``attention`` is unidirectional; with ``horizontal`` the
+    blocks' queries attend to everything.
+    """
+    layout[blocks.start if attention == "unidirectional" else 0 :, blocks] = 1
+    if horizontal:
+        layout[blocks, :] = 1
+
+
 def global_ranges(starts: object, ends: object) -> tuple[list[int], list[int] | None]:
     """Return ``global_block_indices`` and ``global_block_end_indices`` as lists, checked.
 

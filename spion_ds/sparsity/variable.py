@@ -15,6 +15,7 @@ from spion_ds.sparsity.geometry import (
     check_fits,
     global_ranges,
     global_slices,
+    keep_global,
     random_blocks,
     same_window,
     window_sizes,
@@ -89,10 +90,7 @@ class VariableSparsityConfig(SparsityConfig):
         """Keep the global blocks of head ``h``, in place, and return ``layout``."""
         starts, ends = self.global_block_indices, self.global_block_end_indices
         for blocks in global_slices(starts, ends, layout.shape[1]):
-            first_row = blocks.start if self.attention == "unidirectional" else 0
-            layout[h, first_row:, blocks] = 1
-            if self.horizontal_global_attention:
-                layout[h, blocks, :] = 1
+            keep_global(layout[h], blocks, self.attention, self.horizontal_global_attention)
         return layout
 
     def make_layout(self, seq_len: int) -> Tensor:
