@@ -144,7 +144,8 @@ def survival(place: Workplace, subject: Subject) -> tuple[list[str], bool]:
         f"{killed.reached}, the last checkpoint of step {killed.saved}: "
         f"{max(0, killed.reached - killed.saved)} logged step(s) lost, which are taken again. The "
         f"others ended in {killed.seconds:.1f} s with codes {sorted(set(killed.codes))} "
-        f"({LOST_RANK_EXIT}: another rank was lost). Against the undisturbed run:",
+        f"({LOST_RANK_EXIT}: another rank was lost). Against the undisturbed run (other ranks "
+        "go on through DeepSpeed's universal checkpoint):",
         "",
         *table("gone on with", "blocks that differ", "dense loss", "sparse loss", "agree"),
     ]

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,9 @@ def large(place: Workplace, subject: Subject) -> list[str]:
         f"{1e3 * more:.2f} ms more than on one rank; one all-reduce of all gradients in bfloat16, "
         f"alone, takes {1e3 * gradients:.2f} ms. What is beyond that is not split up: "
         "the wait for the slowest rank, gradients that are reduced in parts or in fp32, the host.",
+        "",
+        *table("ranks", "alone", "ms"),
+        *(row(ranks, what, f"{1e3 * value:.3f}") for what, value in told.items()),
     ]
 
 
@@ -267,7 +272,13 @@ def page(sections: dict[str, list[str]], subjects: Sequence[Subject], counts: st
         f"{each.config.training.precision}"
         for each in subjects
     ]
-    lines = ["# Several ranks of one host", "", *machine_lines(), f"Ranks: {counts}.", ""]
+    lines = [
+        "# Several ranks of one host",
+        "",
+        *machine_lines(),
+        f"Ranks: {counts}; {libraries()}.",
+        "",
+    ]
     lines += [f"{name}: {text}.\n" for name, text in zip(("Recipe", "Large"), runs, strict=True)]
     lines += [
         "NVLink multicast is off. Each run is dense, then sparse, its switch forced; every rank's "
@@ -279,6 +290,14 @@ def page(sections: dict[str, list[str]], subjects: Sequence[Subject], counts: st
     for title, content in sections.items():
         lines += ["", f"## {title}", "", *content]
     return "\n".join([*lines, ""])
+
+
+def libraries() -> str:
+    """Return the versions of what the ranks talk through."""
+    names = f"DeepSpeed {metadata.version('deepspeed')}"
+    if torch.cuda.is_available():
+        names += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    return names
 
 
 def measure(place: Workplace, subject: Subject, filling: Subject) -> tuple[dict, bool]:
@@ -330,11 +349,11 @@ def main() -> int:
         for name, each in (("recipe", subject), ("large", filling)):
             plan[name] = [each.recipe, *each.overrides]
         prepare_folder(given.folder, plan)
+        place = Workplace(given.folder.resolve(), given.device, say)
+        sections, sound = measure(place, subject, filling)
     except SpionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    place = Workplace(given.folder.resolve(), given.device, lambda text: print(text, flush=True))
-    sections, sound = measure(place, subject, filling)
     text = page(sections, (subject, filling), ", ".join(map(str, counts)))
     (given.folder / "page.md").write_text(text, encoding="utf-8")
     if given.out is not None:
@@ -343,5 +362,12 @@ def main() -> int:
     return 0 if sound else 1
 
 
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(text, flush=True)
+
+
 if __name__ == "__main__":
+    # An exception, so that the ranks are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
