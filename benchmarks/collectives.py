@@ -78,7 +78,9 @@ def main() -> int:
     join(ranks)
     found = measure(given.length, given.block, given.layers, given.parameters)
     if ranks.is_first:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        partial = given.out.with_name(f".{given.out.name}")
+        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.replace(given.out)
     leave()
     return 0
 

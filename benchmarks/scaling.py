@@ -38,6 +38,7 @@ from rank_runs import COLLECTIVES, Workplace, rows, summary
 from timing import machine_lines
 
 from spion_ds.errors import ConfigError, SpionError
+from spion_ds.settings import require
 from spion_ds.training.config import RunConfig
 from spion_ds.training.evaluation import build_model
 
@@ -207,6 +208,14 @@ def make_subject(
             "transition.max_dense_steps, as these runs are; leave sparse_attention.mode, "
             "transition.rule and transition.max_dense_steps out of the overrides"
         )
+    dense_steps, steps = transition.max_dense_steps, config.training.steps
+    require(dense_steps >= 2, "transition.max_dense_steps", dense_steps, "here, from 2 up")
+    require(
+        steps >= dense_steps + 4,
+        "training.steps",
+        steps,
+        f"here, from {dense_steps + 4} up (transition.max_dense_steps + 4)",
+    )
     if hasattr(config.data, "train") and not any(x.startswith("data.train=") for x in given):
         # Weak scaling's largest batch; the same data in every run.
         overrides.append(f"data.train={config.batches.total * counts[-1]}")
