@@ -7,7 +7,13 @@ from torch import Tensor
 
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity.config import SparsityConfig
-from spion_ds.sparsity.geometry import check_count, check_direction, keep_global, same_window
+from spion_ds.sparsity.geometry import (
+    check_count,
+    check_direction,
+    check_horizontal,
+    keep_global,
+    same_window,
+)
 
 
 class FixedSparsityConfig(SparsityConfig):
@@ -53,11 +59,7 @@ class FixedSparsityConfig(SparsityConfig):
                 f"num_global_blocks is {num_global_blocks}; allowed: a divisor of "
                 f"num_local_blocks, {num_local_blocks}"
             )
-        if horizontal_global_attention and attention == "unidirectional":
-            raise ConfigError(
-                "horizontal_global_attention is True with attention 'unidirectional'; it would "
-                "reach into the future: allowed with 'bidirectional' only"
-            )
+        check_horizontal(horizontal_global_attention, attention)
         if num_different_global_patterns > 1 and not different_layout_per_head:
             raise ConfigError(
                 f"num_different_global_patterns is {num_different_global_patterns} with one layout "

@@ -20,6 +20,15 @@ def check_direction(attention: object) -> str:
     return str(attention)
 
 
+def check_horizontal(horizontal: bool, attention: str) -> None:
+    """Raise ConfigError if global blocks shall keep all columns and none right of the diagonal."""
+    if horizontal and attention == "unidirectional":
+        raise ConfigError(
+            "horizontal_global_attention is True with attention 'unidirectional'; it would "
+            "reach into the future: allowed with 'bidirectional' only"
+        )
+
+
 def check_count(name: str, value: object, least: int) -> int:
     """Return ``value`` if it is a whole number of at least ``least``, else raise ConfigError."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spion_ds.errors import ConfigError
 from spion_ds.sparsity.config import SparsityConfig
 from spion_ds.sparsity.geometry import (
     check_count,
     check_direction,
     check_fits,
+    check_horizontal,
     global_ranges,
     global_slices,
     keep_global,
@@ -64,11 +64,7 @@ class VariableSparsityConfig(SparsityConfig):
         self.attention = check_direction(attention)
         self.horizontal_global_attention = horizontal_global_attention
         self.seed = check_count("seed", seed, 0)
-        if horizontal_global_attention and attention == "unidirectional":
-            raise ConfigError(
-                "horizontal_global_attention is True with attention 'unidirectional'; it would "
-                "reach into the future: allowed with 'bidirectional' only"
-            )
+        check_horizontal(horizontal_global_attention, attention)
 
     def set_random_layout(self, h: int, layout: Tensor) -> Tensor:
         """Keep the random blocks of head ``h``, in place, and return ``layout``."""
