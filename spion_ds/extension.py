@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -48,6 +48,28 @@ def operators_available() -> bool:
         if _available is None:
             _available = _load()
     return _available
+
+
+def when_available(register: Callable[[], None]) -> Callable[[], bool]:
+    """Return a function that says whether the C++ operators are there, and can be traced.
+
+    It runs ``register`` once, when it first finds them: what torch.compile and autograd are to
+    know of some of them, by the module that uses these.
+    """
+    lock, registered = threading.Lock(), False
+
+    @torch.compiler.assume_constant_result  # tracing cannot follow locks
+    def ready() -> bool:
+        nonlocal registered
+        if not operators_available():
+            return False
+        with lock:
+            if not registered:
+                register()
+                registered = True
+        return True
+
+    return ready
 
 
 def _load() -> bool:

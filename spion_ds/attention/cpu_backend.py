@@ -6,7 +6,6 @@ probabilities again from it. The same inputs give the same bits with any number 
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -15,12 +14,9 @@ from torch import Tensor
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
-from spion_ds.extension import operators_available
+from spion_ds.extension import when_available
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_registering = threading.Lock()
-_registered = False
 
 
 def block_sparse_attention_cpu(
@@ -63,22 +59,12 @@ def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # tracing cannot follow locks
-def _ready() -> bool:
-    """Return whether the operators are loaded, with their fake versions and autograd."""
-    global _registered
-    if not operators_available():
-        return False
-    with _registering:
-        if not _registered:
-            torch.library.register_fake("spion_ds::cpu_attention_fwd", _forward_fake)
-            torch.library.register_fake("spion_ds::cpu_attention_bwd", _backward_fake)
-            torch.library.register_autograd(
-                "spion_ds::cpu_attention_fwd", _backward, setup_context=_save
-            )
-            torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
-            _registered = True
-    return True
+@when_available
+def _ready() -> None:
+    torch.library.register_fake("spion_ds::cpu_attention_fwd", _forward_fake)
+    torch.library.register_fake("spion_ds::cpu_attention_bwd", _backward_fake)
+    torch.library.register_autograd("spion_ds::cpu_attention_fwd", _backward, setup_context=_save)
+    torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -5,18 +5,13 @@ The same inputs give the same bits with any number of threads.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from spion_ds.attention.streaming_maps import MapRequest
-from spion_ds.extension import operators_available
+from spion_ds.extension import when_available
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_registering = threading.Lock()
-_registered = False
 
 
 def unsupported(request: MapRequest) -> str | None:
@@ -55,19 +50,6 @@ def _run(request: MapRequest, mean: float | None) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.compiler.assume_constant_result  # tracing cannot follow locks
-def _ready() -> bool:
-    """Return whether the operator is loaded, with its fake version."""
-    global _registered
-    if not operators_available():
-        return False
-    with _registering:
-        if not _registered:
-            torch.library.register_fake("spion_ds::attention_map_pooled", _fake)
-            _registered = True
-    return True
-
-
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -81,3 +63,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     n = -(-q.shape[2] // block)
     return row_weights.new_empty((n, n)), row_weights.new_empty((0 if mean is None else 2,))
+
+
+@when_available
+def _ready() -> None:
+    torch.library.register_fake("spion_ds::attention_map_pooled", _fake)

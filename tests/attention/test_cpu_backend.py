@@ -331,7 +331,7 @@ def test_auto_takes_cpp_and_leaves_float64_to_pytorch(monkeypatch):
 
 
 def test_without_the_operators_cpp_says_so_and_auto_goes_on(monkeypatch):
-    monkeypatch.setattr(cpu_backend, "operators_available", lambda: False)
+    monkeypatch.setattr("spion_ds.extension.operators_available", lambda: False)
     inputs = make(Case())
     with pytest.raises(ConfigError, match="not available"):
         inputs.run(Case(), "cpp", torch.float32)
