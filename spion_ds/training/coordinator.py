@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,16 +92,14 @@ class Coordinator:
             CoordinationError: on all ranks alike.
         """
         maps = [_mean_map(layer) for layer in observed]
-        streamed = _token_skewness(observed) if isinstance(self.rule, SkewnessRule) else None
+        update: Callable[..., TransitionReport] = self.rule.update
+        if isinstance(self.rule, SkewnessRule):
+            update = functools.partial(update, skewness=_token_skewness(observed))
         report, masks, failure = None, None, ""
         pooled: list[Tensor] | None = None
         if dist.get_rank() == 0:
             try:
-                report = (
-                    self.rule.update(maps, streamed)
-                    if isinstance(self.rule, SkewnessRule)
-                    else self.rule.update(maps)
-                )
+                report = update(maps)
                 if weights is None:
                     pooled = [
                         attention
