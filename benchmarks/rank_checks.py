@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rank_runs import Job, Killed, Workplace, losses, masks, rows
 
-from spion_ds.training.config import RunConfig, build_run_config, read_recipe
+from spion_ds.training.config import RunConfig, build_run_config
+from spion_ds.training.recipe_files import read_recipe
 from spion_ds.training.watch import LOST_RANK_EXIT
 
 STAGES = (0, 1, 2, 3)

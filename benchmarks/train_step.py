@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from spion_ds.data import Dataset, Split, get_task
 from spion_ds.models import set_masks
 from spion_ds.training.batches import Batch, BatchOrder, read_batch
-from spion_ds.training.config import RunConfig, build_run_config, read_recipe
+from spion_ds.training.config import RunConfig, build_run_config
 from spion_ds.training.evaluation import build_model
 from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
+from spion_ds.training.recipe_files import read_recipe
 from spion_ds.training.run_log import peak_memory_bytes, read_rows, reset_peak_memory
 from spion_ds.training.stopping import StopRequest
 from spion_ds.training.trainer import Trainer

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spion_ds.training.config import attention_names
+from spion_ds.training.recipe_files import attention_names
 from spion_ds.training.reproduction import ReproduceOptions, read_plan, reproduce
 from spion_ds.training.session import run_command
 

@@ -22,12 +22,8 @@ import torch
 
 from spion_ds.errors import ConfigError, SpionError
 from spion_ds.settings import read_dataclass, require
-from spion_ds.training.config import (
-    RunConfig,
-    build_run_config,
-    read_deepspeed_json,
-    read_recipe,
-)
+from spion_ds.training.config import RunConfig, build_run_config
+from spion_ds.training.recipe_files import read_deepspeed_json, read_recipe
 from spion_ds.training.results import RunResult, read_result, results_table
 from spion_ds.training.stopping import Stopped, StopRequest
 from spion_ds.training.strict_files import read_yaml

@@ -20,16 +20,12 @@ from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoint import check_harmless, load_state
 from spion_ds.training.checkpoint_files import find_checkpoint, has_checkpoint
-from spion_ds.training.config import (
-    RunConfig,
-    build_run_config,
-    read_deepspeed_json,
-    read_recipe,
-)
+from spion_ds.training.config import RunConfig, build_run_config
 from spion_ds.training.deepspeed_config import check_with_deepspeed
 from spion_ds.training.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.map_memory import check_map_memory
 from spion_ds.training.ranks import Agreement, MissingRankError, Ranks, discover_ranks, join, leave
+from spion_ds.training.recipe_files import read_deepspeed_json, read_recipe
 from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest

@@ -135,19 +135,18 @@ class Trainer:
 
         self.state = TrainingState(seed=config.training.seed)
         self.rule = config.transition.build()
+        sparsity = [attention.sparsity_config for attention in self.model.attentions]
         if resume is not None:
             self._resume(resume)
         elif config.is_sparse and not config.switches:
             length = config.data.sequence_length
-            sparsity = [attention.sparsity_config for attention in self.model.attentions]
             self.state.masks = [layer.make_mask(length) for layer in sparsity]
             self.state.switch_step = 0
         self._derive_layouts()
         self._compare_layouts()
-        configs = [attention.sparsity_config for attention in self.model.attentions]
         self.coordinator = Coordinator(
             self.rule,
-            [c for c in configs if isinstance(c, SwitchingSparsityConfig)],
+            [c for c in sparsity if isinstance(c, SwitchingSparsityConfig)],
             -(-config.data.sequence_length // config.sparse_attention.block),
             agreement,
         )

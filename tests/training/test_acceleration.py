@@ -14,7 +14,8 @@ from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig, set_masks
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig, SparseAttentionConfig
 from spion_ds.training.acceleration import AcceleratedForward
-from spion_ds.training.config import build_run_config, read_recipe
+from spion_ds.training.config import build_run_config
+from spion_ds.training.recipe_files import read_recipe
 from tests.training.launching import TINY
 
 LENGTH = 64

@@ -9,15 +9,14 @@ import pytest
 
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity.block import MODES
-from spion_ds.training.config import (
-    RunConfig,
+from spion_ds.training.config import RunConfig, build_run_config
+from spion_ds.training.deepspeed_config import zero_stage
+from spion_ds.training.recipe_files import (
     attention_names,
-    build_run_config,
     read_attention,
     read_recipe,
     recipe_names,
 )
-from spion_ds.training.deepspeed_config import zero_stage
 from tests.training.launching import ROOT
 
 

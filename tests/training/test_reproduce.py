@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from spion_ds.errors import ConfigError
-from spion_ds.training.config import attention_names
 from spion_ds.training.published import published
+from spion_ds.training.recipe_files import attention_names
 from spion_ds.training.reproduction import (
     Plan,
     ReproduceOptions,
