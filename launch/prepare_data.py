@@ -16,9 +16,8 @@ import numpy as np
 import yaml
 
 from spion_ds.data import TASKS, Dataset, Task, get_task
-from spion_ds.errors import ConfigError, unknown_name
+from spion_ds.errors import ConfigError, SpionError, unknown_name
 from spion_ds.settings import read_dataclass
-from spion_ds.training.session import run_command
 
 
 def parse_overrides(task: Task, overrides: Sequence[str]) -> Any:
@@ -72,16 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a key of the task")
     options = parser.parse_args(arguments)
 
-    def prepare() -> None:
+    try:
         task = get_task(options.task)
         config = parse_overrides(task, options.overrides)
         print(describe(task, task.prepare(config, options.data_dir)))
-
-    try:
-        return run_command(prepare)
+    except (SpionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":
