@@ -190,8 +190,12 @@ class _Judge:
         still = [rank for rank, polls in enumerate(self._still) if polls >= self._limit]
         if not still:
             return None
-        # The others wait for it in a collective operation; where that cannot be told, name all.
-        guilty = [rank for rank in still if not signs[rank][4]] or still
+        # The others wait for it in a collective operation, and may have come there a poll before it
+        # stopped; where that cannot be told, name all.
+        guilty = [rank for rank in still if not signs[rank][4]]
+        if not guilty and len(still) < len(signs) and max(self._still) < 2 * self._limit:
+            return None
+        guilty = guilty or still
         places = "; ".join(f"rank {r} at step {signs[r][2]}, {signs[r][3]}" for r in guilty)
         return f"{_ranks(guilty)} did not move for {self._timeout:g} s: {places}"
 

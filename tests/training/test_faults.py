@@ -20,7 +20,7 @@ from spion_ds.training.checkpoint_files import (
     publish,
     write_manifest,
 )
-from spion_ds.training.watch import LOST_RANK_EXIT
+from spion_ds.training.watch import LOST_RANK_EXIT, _Judge
 from tests.training.launching import (
     LIMIT_SECONDS,
     TINY,
@@ -224,3 +224,14 @@ def test_the_newest_checkpoints_and_their_best_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step-000003"
     check_whole(tmp_path / "step-000003", checksums=True)
     assert (tmp_path / "step-000005").is_dir()
+
+
+def test_a_rank_that_waits_for_a_hung_one_is_not_named_though_it_stopped_first() -> None:
+    judge = _Judge(world_size=2, limit=2, timeout=2.0)
+    # Rank 0 waits in a collective operation, a poll before rank 1 hangs outside of one.
+    moves = [(1, 1), (2, 1), (2, 2), (2, 2), (2, 2)]
+    verdicts = [
+        judge.verdict([[beat, first, 1, "waiting", True], [beat, second, 1, "hanging", False]])
+        for beat, (first, second) in enumerate(moves, start=1)
+    ]
+    assert verdicts == [None] * 4 + ["rank 1 did not move for 2 s: rank 1 at step 1, hanging"]
