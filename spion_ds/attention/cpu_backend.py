@@ -42,7 +42,7 @@ def block_sparse_attention_cpu(
         *(layout.block, options.scale, options.causal),
         *(options.pruned == "zero", options.dropout_p),
     )
-    return out
+    return options.zeroed(out)
 
 
 def unsupported(q: Tensor, layout: BlockLayout) -> str | None:

@@ -31,6 +31,7 @@ def block_sparse_attention(
     pruned: str = "zero",
     dropout_p: float = 0.0,
     dropout_key: Tensor | None = None,
+    zero_padded_queries: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Return attention restricted to the layout's blocks, (batch, heads, L, head_dim).
@@ -50,6 +51,9 @@ def block_sparse_attention(
         dropout_p: probability of dropping a kept probability.
         dropout_key: (batch,) int32 keys of the counter-based generator (attention/dropout.py);
             drawn from PyTorch's default generator if None.
+        zero_padded_queries: in self-attention, give zeros for the queries that
+            ``key_padding_mask`` calls padding, and no gradients. Where nobody reads them this
+            saves their work.
         backend: ``"reference"`` is the specification, the others cost in proportion to the kept
             blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
             serve. ``"hopper"`` must be asked for (docs/kernels_hopper.md says why).
@@ -60,6 +64,12 @@ def block_sparse_attention(
     """
     _check_tensors(q, k, v, key_padding_mask)
     _check_layout(layout, q, k, causal)
+    zero_padded_queries = zero_padded_queries and key_padding_mask is not None
+    if zero_padded_queries and q.shape[2] != k.shape[2]:
+        raise ConfigError(
+            "zero_padded_queries=True is for self-attention, where key_padding_mask is of the "
+            f"queries too; got {q.shape[2]} queries and {k.shape[2]} keys"
+        )
     if pruned not in PRUNED:
         raise ConfigError(unknown_name("pruned mode", pruned, PRUNED))
     if backend not in BACKENDS:
@@ -75,7 +85,9 @@ def block_sparse_attention(
     # A backend chooses the precision of its products itself.
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        options = AttentionOptions(key_padding_mask, causal, scale, pruned, dropout_p, dropout_key)
+        options = AttentionOptions(
+            key_padding_mask, causal, scale, pruned, dropout_p, dropout_key, zero_padded_queries
+        )
         return _implementation(backend, q, layout)(q, k, v, layout, options)
 
 

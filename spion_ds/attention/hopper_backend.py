@@ -93,9 +93,10 @@ def block_sparse_attention_hopper(
         raise ConfigError(reason)
     load()
     q, k, v = (_copyable(x) for x in (q, k, v))
-    return _BlockSparseAttention.apply(
+    out = _BlockSparseAttention.apply(
         *(q, k, v, layout, options.scale, options.pruned == "zero", options.key_padding_mask)
     )
+    return options.zeroed(out)
 
 
 class _BlockSparseAttention(torch.autograd.Function):

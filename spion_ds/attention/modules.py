@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spion_ds.attention.dropout import HAS_TRITON
 from spion_ds.attention.functional import block_sparse_attention
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.maps import AttentionMapAccumulator
@@ -17,12 +18,15 @@ class SparseSelfAttention(nn.Module):
     """Scaled dot-product self-attention over the blocks that a SparsityConfig keeps.
 
     No parameters and no persistent buffers: swapping the pattern changes no checkpoint key. While
-    the configuration keeps every block, PyTorch's scaled_dot_product_attention computes it.
+    the configuration keeps every block, PyTorch's scaled_dot_product_attention computes it, or
+    the kernels with a layout that keeps all: for dropout by keys, and on a GPU for padding, which
+    they skip and PyTorch's fast backends do not take.
 
     Args:
         sparsity_config: its layout is asked for again whenever its ``pattern`` is replaced.
         pruned: what a pruned entry is in the softmax, ``"zero"`` or ``"excluded"``.
         dropout_p: dropout on the attention probabilities, in training mode.
+        zero_padded_queries: give zeros for padding, as in :func:`block_sparse_attention`.
         backend: passed to :func:`block_sparse_attention`.
     """
 
@@ -32,12 +36,14 @@ class SparseSelfAttention(nn.Module):
         *,
         pruned: str = "zero",
         dropout_p: float = 0.0,
+        zero_padded_queries: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.sparsity_config = sparsity_config
         self.pruned = pruned
         self.dropout_p = dropout_p
+        self.zero_padded_queries = zero_padded_queries
         self.backend = backend
         # Set by whoever wants to see one forward pass; reset by the pass that it saw, so that a
         # pass recomputed for activation checkpointing is not seen twice.
@@ -85,34 +91,33 @@ class SparseSelfAttention(nn.Module):
             observer, self.observer = self.observer, None
             observer.add(query, key, key_padding_mask)
         dropout_p = self.dropout_p if self.training else 0.0
-        layout = self.layout(query.shape[2], query.device)
-        if layout is not None:
-            return block_sparse_attention(
-                query,
-                key,
-                value,
-                layout,
-                key_padding_mask=key_padding_mask,
-                pruned=self.pruned,
-                dropout_p=dropout_p,
-                dropout_key=dropout_key,
-                backend=self.backend,
-            )
-        if dropout_p > 0.0 and dropout_key is not None:
-            # SDPA cannot draw from our counters; a layout that keeps everything can.
-            return block_sparse_attention(
-                query,
-                key,
-                value,
-                self._full_layout(query),
-                key_padding_mask=key_padding_mask,
-                pruned="excluded",
-                dropout_p=dropout_p,
-                dropout_key=dropout_key,
-                backend=self.backend,
-            )
-        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+        layout, pruned = self.layout(query.shape[2], query.device), self.pruned
+        if layout is None:
+            by_keys = dropout_p > 0.0 and dropout_key is not None
+            padded = key_padding_mask is not None and query.is_cuda and HAS_TRITON
+            if not (by_keys or padded):
+                return self._dense(query, key, value, key_padding_mask, dropout_p)
+            layout, pruned = self._full_layout(query), "excluded"
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            layout,
+            key_padding_mask=key_padding_mask,
+            pruned=pruned,
+            dropout_p=dropout_p,
+            dropout_key=dropout_key,
+            zero_padded_queries=self.zero_padded_queries,
+            backend=self.backend,
+        )
+
+    def _dense(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> Tensor:
+        if mask is None:
+            return F.scaled_dot_product_attention(query, key, value, None, dropout_p)
+        out = F.scaled_dot_product_attention(query, key, value, mask[:, None, None, :], dropout_p)
+        return out.masked_fill(~mask[:, None, :, None], 0.0) if self.zero_padded_queries else out
 
     def _full_layout(self, query: Tensor) -> BlockLayout:
         block = self.sparsity_config.block

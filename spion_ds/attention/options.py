@@ -17,6 +17,7 @@ class AttentionOptions(NamedTuple):
         pruned: ``"zero"`` or ``"excluded"``.
         dropout_p: probability of dropping a kept probability.
         dropout_key: (batch,) int32; None only without dropout.
+        zero_padded_queries: whether queries that the mask calls padding give zeros.
     """
 
     key_padding_mask: Tensor | None
@@ -25,3 +26,10 @@ class AttentionOptions(NamedTuple):
     pruned: str
     dropout_p: float
     dropout_key: Tensor | None
+    zero_padded_queries: bool
+
+    def zeroed(self, out: Tensor) -> Tensor:
+        """Return (batch, heads, L, head_dim) with zeros for padded queries where that is asked."""
+        if not self.zero_padded_queries or self.key_padding_mask is None:
+            return out
+        return out.masked_fill(~self.key_padding_mask[:, None, :, None], 0.0)

@@ -51,7 +51,7 @@ def block_sparse_attention_reference(
         assert options.dropout_key is not None
         keep = attention_keep_mask(options.dropout_key, probs_BHLM.shape, options.dropout_p)
         probs_BHLM = probs_BHLM * keep * (1.0 / (1.0 - options.dropout_p))
-    return probs_BHLM @ v_BHMD
+    return options.zeroed(probs_BHLM @ v_BHMD)
 
 
 def token_mask(layout: BlockLayout, queries: int, keys: int) -> Tensor:

@@ -125,7 +125,7 @@ def block_sparse_attention_torch(
         *(layout.block, options.scale, options.causal, options.pruned, options.dropout_p)
     )
     out = _BlockSparseAttention.apply(q, k, v, layout, settings, valid, options.dropout_key)
-    return out[:, :, :length]
+    return options.zeroed(out[:, :, :length])
 
 
 class _BlockSparseAttention(torch.autograd.Function):

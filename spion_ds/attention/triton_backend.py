@@ -21,6 +21,7 @@ from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.triton_kernels import (
     block_sparse_attention_bwd_kernel,
     block_sparse_attention_fwd_kernel,
+    real_keys_kernel,
 )
 from spion_ds.attention.triton_tiles import MAX_HEAD_DIM, Tiles, choose_tiles, find_tiles
 from spion_ds.errors import ConfigError
@@ -30,6 +31,8 @@ _BLOCKS = (16, 32, 64, 128)
 # Asked once: torch.compile cannot trace the question.
 _INTERPRETED = not isinstance(block_sparse_attention_fwd_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
+# Keys that real_keys_kernel counts at a time.
+_CHUNK = 1024
 
 
 def block_sparse_attention_triton(
@@ -62,7 +65,8 @@ def block_sparse_attention_triton(
         *(layout.col_order, layout.col_parts),
     )
     settings = _Settings(
-        *(layout.block, scale, options.causal, options.pruned == "zero", options.dropout_p)
+        *(layout.block, scale, options.causal, options.pruned == "zero"),
+        *(options.zero_padded_queries and padding is not None, options.dropout_p),
     )
     if torch.compiler.is_compiling():
         return _fwd_op(q, k, v, *index, padding, key, *settings)[0]
@@ -76,6 +80,7 @@ class _Settings(NamedTuple):
     scale: float
     causal: bool
     pruned_zero: bool
+    skip_padded: bool
     dropout_p: float
 
 
@@ -96,15 +101,13 @@ def _forward(
     out = torch.empty_like(q)
     num_rows = -(-queries // block)
     lse = torch.empty((batch, heads, num_rows * block), dtype=torch.float32, device=q.device)
-    seen = None
-    if padding is not None and settings.pruned_zero:
-        seen = padding.cumsum(dim=1, dtype=torch.int32)  # (B, M)
+    seen, spans = _real_keys(padding, block)
     tiles = choose_tiles("fwd", block, head_dim, q.dtype)
     _launch(
         block_sparse_attention_fwd_kernel,
         num_rows * (block // tiles.own) * batch * heads,
         (q, k, v, out),
-        (lse, row_ptr, col_idx, seen),
+        (lse, row_ptr, col_idx, seen, spans),
         padding,
         dropout_key,
         (num_rows, heads, queries, keys, settings.scale * _LOG2_E),
@@ -113,6 +116,7 @@ def _forward(
             *_tile_constants(tiles, block, settings.causal or keys % block != 0),
             settings.causal,
             settings.pruned_zero,
+            settings.skip_padded,
         ),
         tiles,
         settings.dropout_p,
@@ -151,13 +155,14 @@ def _backward(
         sizes = (copies, parts, 2, block, shape[1])
         sums = torch.empty(sizes, dtype=torch.float32, device=q.device)
         done = torch.zeros((copies, parts, block // 16), dtype=torch.int32, device=q.device)
+    _, spans = _real_keys(padding, block)
     for tiles, rows, columns in _backward_launches(both, block, head_dim, q.dtype):
         each = num_rows * (heads // kv_heads) * rows + (parts + num_cols) * columns
         _launch(
             block_sparse_attention_bwd_kernel,
             copies * each * (block // tiles.own),
             (q, k, v, grad, out, dq, dk, dv),
-            (lse, delta, *index, sums, done),
+            (lse, delta, *index, sums, done, spans),
             padding,
             dropout_key,
             (num_rows, num_cols, parts, heads, queries, keys, *scales),
@@ -166,6 +171,7 @@ def _backward(
                 *_tile_constants(tiles, block, causal or keys % block != 0),
                 _tail(tiles, block, queries % block != 0),
                 causal,
+                settings.skip_padded,
                 rows,
                 columns,
             ),
@@ -183,6 +189,18 @@ def _backward_launches(
         return [(both, True, True)]
     rows, columns = (choose_tiles(name, block, head_dim, dtype) for name in ("dq", "dkv"))
     return [(rows, True, False), (columns, False, True)]
+
+
+def _real_keys(padding: Tensor | None, block: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return what ``real_keys_kernel`` writes, (B, M) and (B, 2) int32; None without padding."""
+    if padding is None:
+        return None, None
+    batch, keys = padding.shape
+    seen = torch.empty((batch, keys), dtype=torch.int32, device=padding.device)
+    spans = torch.empty((batch, 2), dtype=torch.int32, device=padding.device)
+    arguments = (padding.view(torch.uint8), seen, spans, keys, block, _CHUNK)
+    _start(real_keys_kernel, (block,), batch, arguments, {"num_warps": 4}, padding)
+    return seen, spans
 
 
 def _shape_constants(q: Tensor, k: Tensor, pointers: Tensor) -> tuple[int, int, str, int, bool]:
@@ -240,19 +258,38 @@ def _launch(
         *numbers,
         *constants,
     )
-    device, first = strided[0].device, strided[0]
     present = (padding is None, dropout_key is None, *[x is None for x in data])
-    key = (kernel.__name__, device.index, first.dtype, present, constants, tiles)
+    key = (strided[0].dtype, present, constants, tiles)
+    usual = all(_is_aligned(x) for x in strided)
+    _start(kernel, key, programs, arguments, _options(tiles), strided[0], usual)
+
+
+def _start(
+    kernel: Any,
+    key: tuple,
+    programs: int,
+    arguments: tuple,
+    options: dict[str, int],
+    on: Tensor,
+    usual: bool = True,
+) -> None:
+    """Launch ``programs`` programs on the device of ``on``.
+
+    Args:
+        key: what the kernel is compiled for, besides the device.
+        usual: whether alignment and strides are those that one compiled kernel a key is kept for.
+    """
+    device = on.device
     if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **_options(tiles))
+            kernel[(programs,)](*arguments, **options)
         return
+    key = (kernel.__name__, device.index, *key)
     compiled = _compiled.get(key)
-    usual = all(_is_aligned(x) for x in strided)
     if compiled is not None and usual:
         compiled[(programs, 1, 1)](*arguments)
         return
-    compiled = kernel[(programs,)](*arguments, **_options(tiles))
+    compiled = kernel[(programs,)](*arguments, **options)
     # Triton compiles for alignment and for strides of more than 32 bits; only one case is kept.
     if usual and compiled is not None:
         _compiled[key] = compiled
@@ -306,7 +343,7 @@ _INDEX = (
 )
 _REST = (
     "Tensor? padding, Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
-    "float dropout_p"
+    "bool skip_padded, float dropout_p"
 )
 _library = torch.library.Library("spion_ds", "FRAGMENT")
 _library.define(
@@ -335,7 +372,8 @@ def _bwd_implementation(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fwd_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    padded = -(-q.shape[2] // rest[-5]) * rest[-5]  # to whole blocks
+    block = rest[-len(_Settings._fields)]
+    padded = -(-q.shape[2] // block) * block
     lse = q.new_empty((*q.shape[:2], padded), dtype=torch.float32)
     return torch.empty_like(_unit_stride(q)), lse
 
@@ -345,8 +383,7 @@ def _bwd_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, block, scale, causal, pruned_zero, dropout_p = inputs
-    ctx.settings = (block, scale, causal, pruned_zero, dropout_p)
+    tensors, ctx.settings = inputs[: -len(_Settings._fields)], inputs[-len(_Settings._fields) :]
     ctx.save_for_backward(*tensors, *output)
 
 

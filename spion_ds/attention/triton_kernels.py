@@ -20,15 +20,45 @@ from spion_ds.attention.triton_dropout import combine, kept
 
 # Below every score yet finite, so that a row that has met no key yet is no special case.
 _LOWEST = tl.constexpr(-1.0e30)
+# Entries of a list that are counted at a time.
+_LANES = tl.constexpr(128)
 # A token position past the end of every sequence.
 _NOWHERE = tl.constexpr(2**31 - 1)
 
 # Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
 # length then needs no other kernel.
 _DATA = ["row_ptr", "col_idx", "col_ptr", "row_idx", "col_order", "padding_ptr", "seen_ptr"]
-_DATA += ["col_parts", "sums_ptr", "done_ptr", "num_parts"]
+_DATA += ["col_parts", "sums_ptr", "done_ptr", "num_parts", "spans_ptr"]
 _DATA += ["dropout_ptr", "threshold"]
 _DATA += ["num_rows", "num_cols", "heads", "queries", "keys"]
+
+
+@triton.jit(do_not_specialize=_DATA)
+def real_keys_kernel(
+    padding_ptr: tl.tensor,  # (B, M) bytes, 1 = real token
+    seen_ptr: tl.tensor,  # (B, M) int32
+    spans_ptr: tl.tensor,  # (B, 2) int32
+    keys: tl.tensor,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Write how many keys of a sample up to and including each are real, and its spans.
+
+    Those are the first blocks without any padding, and the blocks up to the last real key.
+    """
+    start = tl.program_id(0).to(tl.int64) * keys
+    seen, last, first_padded = tl.zeros((), tl.int32), tl.zeros((), tl.int32), keys
+    for first in range(0, keys, CHUNK):
+        token = first + tl.arange(0, CHUNK)
+        inside = token < keys
+        real = tl.load(padding_ptr + start + token, mask=inside, other=0).to(tl.int32)
+        tl.store(seen_ptr + start + token, seen + tl.cumsum(real), mask=inside)
+        seen += tl.sum(real)
+        last = tl.maximum(last, tl.max(real * (token + 1)))
+        first_padded = tl.minimum(first_padded, tl.min(tl.where(real != 0, keys, token)))
+    spans = spans_ptr + tl.program_id(0) * 2
+    tl.store(spans, tl.where(first_padded < keys, first_padded // BLOCK, tl.cdiv(keys, BLOCK)))
+    tl.store(spans + 1, tl.cdiv(last, BLOCK))
 
 
 @triton.jit(do_not_specialize=_DATA)
@@ -41,6 +71,7 @@ def block_sparse_attention_fwd_kernel(
     row_ptr: tl.tensor,
     col_idx: tl.tensor,
     seen_ptr: tl.tensor,  # (B, M) int32 real keys up to and including each; or None
+    spans_ptr: tl.tensor,  # (B, 2) int32 of real_keys_kernel, or None
     padding_ptr: tl.tensor,  # (B, M) bytes, 1 = real token, or None
     dropout_ptr: tl.tensor,  # (B,) int32 keys, or None
     threshold: tl.tensor,  # keep_threshold(p)
@@ -61,6 +92,7 @@ def block_sparse_attention_fwd_kernel(
     TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRUNED_ZERO: tl.constexpr,
+    SKIP_PADDED: tl.constexpr,
 ) -> None:
     """Write the output and the base-2 log-sum-exp of OWN queries of one head."""
     parts: tl.constexpr = BLOCK // OWN
@@ -71,6 +103,11 @@ def block_sparse_attention_fwd_kernel(
     rows_O = own + lane_O
     layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + part // parts
     start, stop = tl.load(layout_row), tl.load(layout_row + 1)
+    whole = stop - start
+    if padding_ptr is not None:
+        whole, stop = _real_span(col_idx, start, stop, spans_ptr + 2 * b)
+        if SKIP_PADDED:
+            stop = tl.where(part // parts < tl.load(spans_ptr + 2 * b + 1), stop, start)
 
     q_OD = _load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     if padding_ptr is not None:
@@ -83,18 +120,18 @@ def block_sparse_attention_fwd_kernel(
     masked_O = tl.zeros((OWN,), tl.int32)  # entries of kept blocks that do not exist
     out_OD = tl.zeros((OWN, D), tl.float32)
     tiles = _tile_count(stop - start, BLOCK, TILE)
-    plain = tl.maximum(tiles - TAIL, 0)
-    for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
-        # The last tiles may hold keys past the sequence or the list, and, under CAUSAL, past the
-        # queries; the ones before them only padding.
+    plain = _plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
+    for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
+        # The last tiles may hold padding, keys past the sequence or the list, and, under CAUSAL,
+        # past the queries; the ones before them nothing to mask.
         for tile in range(plain if ends else 0, tiles if ends else plain):
             first, others_T = _partners(col_idx, start, stop, tile, BLOCK, TILE)
             k_TD = _load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
             v_TD = _load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
             tokens_T = first + others_T
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
-            if ends or padding_ptr is not None:
-                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL and ends)
+            if ends:
+                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
                 scores_OT = tl.where(allowed_OT, scores_OT, float("-inf"))
                 if PRUNED_ZERO:
                     masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)
@@ -123,6 +160,9 @@ def block_sparse_attention_fwd_kernel(
         total_O = total_O * shrink_O + pruned_O * tl.exp2(-tl.maximum(new_shift_O, 0.0))
         out_OD = out_OD * shrink_O[:, None]
         shift_O = new_shift_O
+    if SKIP_PADDED:
+        has_any_O = has_any_O & (tl.load(padding_ptr + rows_O, mask=rows_O < queries, other=0) != 0)
+        out_OD = tl.where(has_any_O[:, None], out_OD, 0.0)
     total_O = tl.where(has_any_O, total_O, 1.0)
     out_OD = out_OD / total_O[:, None]
     if dropout_ptr is not None:
@@ -154,6 +194,7 @@ def block_sparse_attention_bwd_kernel(
     col_parts: tl.tensor,
     sums_ptr: tl.tensor,  # (B, kv heads, num_parts, 2, BLOCK, D) float32, for dK and dV of parts
     done_ptr: tl.tensor,  # (B, kv heads, num_parts, BLOCK / OWN) int32, zeros
+    spans_ptr: tl.tensor,
     padding_ptr: tl.tensor,
     dropout_ptr: tl.tensor,
     threshold: tl.tensor,
@@ -177,6 +218,7 @@ def block_sparse_attention_bwd_kernel(
     ROW_TAIL: tl.constexpr,
     COLUMN_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SKIP_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -202,8 +244,11 @@ def block_sparse_attention_bwd_kernel(
     rank = tl.where(rest < 0, place // copies, ahead + rest % (each - ahead))
     bh = tl.where(rest < 0, place % copies, rest // (each - ahead))
     b, kv_head = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
+    reach = tl.maximum(num_rows, num_cols)  # blocks up to the last real token
     if padding_ptr is not None:
         padding_ptr += b * keys
+        spans_ptr += b * 2
+        reach = tl.load(spans_ptr + 1)
     if dropout_ptr is not None:
         dropout_ptr += b
     if ROWS and rank >= columns:
@@ -213,12 +258,18 @@ def block_sparse_attention_bwd_kernel(
         row_sums = (b * heads + h) * num_rows * BLOCK
         if delta_ptr is not None:
             delta_ptr += row_sums
+        start, stop = tl.load(layout_row), tl.load(layout_row + 1)
+        whole = stop - start
+        if padding_ptr is not None:
+            whole, stop = _real_span(col_idx, start, stop, spans_ptr)
+            if SKIP_PADDED:
+                stop = tl.where(block < reach, stop, start)
         _write_dq(
             (q, k, v, grad, out, dq),
             *(lse_ptr + row_sums, delta_ptr, padding_ptr),
             *(dropout_ptr, threshold, dropout_scale),
             (b, h, block * BLOCK + part * OWN),
-            (col_idx, tl.load(layout_row), tl.load(layout_row + 1)),
+            (col_idx, start, stop, whole),
             (queries, keys, scale, scale_log2),
             *(HEAD_DIM, D, PRECISION, GROUP, BLOCK, OWN, TILE, ROW_TAIL, CAUSAL),
         )
@@ -237,9 +288,10 @@ def block_sparse_attention_bwd_kernel(
                 *(lse_ptr, delta_ptr),
                 *(dropout_ptr, threshold, dropout_scale),
                 (b, kv_head, own),
-                (col_ptr, row_idx, num_cols, column, piece, pieces),
+                (col_ptr, row_idx, num_cols, column, piece, pieces, reach),
                 (heads, num_rows * BLOCK, queries, keys, scale_log2),
                 *(HEAD_DIM, D, PRECISION, GROUP, PER_HEAD, BLOCK, OWN, TILE, COLUMN_TAIL, CAUSAL),
+                SKIP_PADDED,
             )
             last = pieces == 1
             if divided:
@@ -274,7 +326,7 @@ def _write_dq(
     threshold: tl.tensor,
     dropout_scale: tl.tensor,
     place: tl.tuple,  # b, h, first own token
-    partners: tl.tuple,  # column indices, start, stop
+    partners: tl.tuple,  # column indices, start, stop, how many of the first are without padding
     sizes: tl.tuple,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -289,7 +341,7 @@ def _write_dq(
     """Write dQ of OWN queries, and delta where there is room for it."""
     q, k, v, grad, out, dq = tensors
     b, h, own = place
-    col_idx, start, stop = partners
+    col_idx, start, stop, whole = partners
     queries, keys, scale, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     rows_O = own + lane_O
@@ -305,8 +357,8 @@ def _write_dq(
 
     dq_OD = tl.zeros((OWN, D), tl.float32)
     tiles = _tile_count(stop - start, BLOCK, TILE)
-    plain = tl.maximum(tiles - TAIL, 0)
-    for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
+    plain = _plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
+    for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
         for tile in range(plain if ends else 0, tiles if ends else plain):
             first, others_T = _partners(col_idx, start, stop, tile, BLOCK, TILE)
             k_TD = _load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
@@ -314,8 +366,8 @@ def _write_dq(
             tokens_T = first + others_T
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             probs_OT = tl.exp2(scores_OT * scale_log2 - lse_O[:, None])
-            if ends or padding_ptr is not None:
-                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL and ends)
+            if ends:
+                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
                 probs_OT = tl.where(allowed_OT, probs_OT, 0.0)
             dprobs_OT = tl.dot(grad_OD, tl.trans(v_TD), input_precision=PRECISION)
             if dropout_ptr is not None:
@@ -335,7 +387,7 @@ def _sum_dk_dv(
     threshold: tl.tensor,
     dropout_scale: tl.tensor,
     place: tl.tuple,  # b, kv_head, first own token
-    partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces
+    partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces, reach
     sizes: tl.tuple,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -347,14 +399,16 @@ def _sum_dk_dv(
     TILE: tl.constexpr,
     TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SKIP_PADDED: tl.constexpr,
 ) -> tl.tuple:
     """Return dK (unscaled) and dV of OWN keys, of one of ``pieces`` pieces of their column.
 
-    Summed over the GROUP query heads of the kv head in order.
+    Summed over the GROUP query heads of the kv head in order. Columns from ``reach`` on are all
+    padding, and give zeros; with SKIP_PADDED rows from there on give nothing either.
     """
     q, k, v, grad, out = tensors
     b, kv_head, own = place
-    col_ptr, row_idx, num_cols, column, piece, pieces = partners
+    col_ptr, row_idx, num_cols, column, piece, pieces, reach = partners
     heads, padded, queries, keys, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     own_O = own + lane_O
@@ -368,8 +422,10 @@ def _sum_dk_dv(
         h = kv_head * GROUP + member
         layout_column = col_ptr + (h * (num_cols + 1) if PER_HEAD else 0) + column
         begin, length = tl.load(layout_column), tl.load(layout_column + 1)
-        length -= begin
+        length = tl.where(column < reach, length - begin, 0)
         start, stop = begin + length * piece // pieces, begin + length * (piece + 1) // pieces
+        if SKIP_PADDED:
+            stop = start + _count_below(row_idx, start, stop, reach)
         row_sums = (b * heads + h) * padded
         tiles = _tile_count(stop - start, BLOCK, TILE)
         plain = tl.maximum(tiles - TAIL, 0)
@@ -454,6 +510,42 @@ def _load_sums(
     else:
         sums = tl.load(pointer + first + others)
     return sums
+
+
+@triton.jit
+def _count_below(
+    indices: tl.tensor, start: tl.tensor, stop: tl.tensor, limit: tl.tensor
+) -> tl.tensor:
+    """Return how many of the entries from ``start`` to ``stop`` are below ``limit``."""
+    lane = tl.arange(0, _LANES)
+    count = tl.zeros((_LANES,), tl.int32)
+    for first in range(start, stop, _LANES):
+        inside = first + lane < stop
+        index = tl.load(indices + first + lane, mask=inside, other=0)
+        count += (inside & (index < limit)).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
+def _real_span(
+    indices: tl.tensor, start: tl.tensor, stop: tl.tensor, spans_ptr: tl.tensor
+) -> tl.tuple:
+    """Return how many first entries are blocks without padding, and where the real keys end."""
+    whole = _count_below(indices, start, stop, tl.load(spans_ptr))
+    return whole, start + _count_below(indices, start, stop, tl.load(spans_ptr + 1))
+
+
+@triton.jit
+def _plain_tiles(
+    tiles: tl.tensor,
+    whole: tl.tensor,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    TAIL: tl.constexpr,
+) -> tl.tensor:
+    """Return how many first tiles have nothing to mask; ``whole`` blocks have no padding."""
+    unpadded = whole * (BLOCK // TILE) if TILE <= BLOCK else whole // (TILE // BLOCK)
+    return tl.minimum(tl.maximum(tiles - TAIL, 0), unpadded)
 
 
 @triton.jit

@@ -174,6 +174,8 @@ class EncoderClassifier(nn.Module):
                     sparse_attention.build(config.heads, layer),
                     pruned=sparse_attention.pruned,
                     dropout_p=config.attention_dropout,
+                    # Nobody reads them but a mean over the padding too.
+                    zero_padded_queries=config.pooling != "mean",
                 ),
             )
             for layer in range(config.layers)

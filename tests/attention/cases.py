@@ -36,6 +36,7 @@ FEATURES: dict[str, Sequence[Any]] = {
     "kept": ("hot_columns", "empty_rows", "full"),
     "per_head": (False, True),
     "padding": ("none", "tail", "holes", "whole_sample"),
+    "zero_padded": (False, True),
     "causal": (False, True),
     "grouped": (False, True),
     "dropout_p": (0.0, 0.3),
@@ -94,6 +95,7 @@ class Case:
     kept: str = "hot_columns"
     per_head: bool = False
     padding: str = "none"
+    zero_padded: bool = False  # where queries are the keys' tokens
     causal: bool = False
     grouped: bool = False
     dropout_p: float = 0.0
@@ -103,7 +105,9 @@ class Case:
     def __str__(self) -> str:
         words = [f"block{self.block}", f"dim{self.head_dim}", str(self.dtype)[6:], self.lengths]
         words += [self.kept, f"{self.padding}-padding", self.pruned]
-        words += [name for name in ("per_head", "causal", "grouped") if getattr(self, name)]
+        words += [
+            name for name in ("zero_padded", "per_head", "causal", "grouped") if getattr(self, name)
+        ]
         words += ["dropout"] if self.dropout_p else []
         return "-".join([*words, *([] if self.scale is None else ["scale"])])
 
@@ -171,6 +175,7 @@ def make(case: Case, size: Size, device: torch.device) -> Inputs:
         "pruned": case.pruned,
         "dropout_p": case.dropout_p,
         "dropout_key": dropout_key.to(device) if case.dropout_p else None,
+        "zero_padded_queries": case.zero_padded and queries == keys,
     }
     tensors = (x.to(device, case.dtype) for x in (q, k, v, grad))
     return Inputs(*tensors, layout.to(device), options)

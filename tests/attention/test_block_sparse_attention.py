@@ -53,6 +53,17 @@ PLAIN_CASES = [
     for lengths in ("whole", "odd")
     for pruned in ("zero", "excluded")
 ]
+# Padding at the end and in the middle, over several blocks, in each way to cut tiles.
+PADDED_CASES = [
+    Case(block, head_dim, torch.float16, padding=padding, zero_padded=zero_padded, pruned=pruned)
+    for block, head_dim in ((16, 16), (16, 64), (64, 32))
+    for padding, zero_padded, pruned in (
+        ("tail", True, "zero"),
+        ("tail", False, "excluded"),
+        ("holes", True, "excluded"),
+        ("whole_sample", True, "zero"),
+    )
+]
 # Every block size with every head_dim and dtype, and with them every pair of features.
 GPU_CASES = [
     Case(**row)
@@ -86,7 +97,7 @@ def test_the_cases_hold_every_pair_of_features(cases):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES + PLAIN_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + PLAIN_CASES + PADDED_CASES, ids=str)
 def test_agrees_with_the_reference(case, backend, device):
     case = case.runnable(backend, device)
     assert_is_the_reference(case, backend, case.size(backend, device), device)

@@ -134,6 +134,14 @@ def test_the_call_without_changes_is_fine():
             "key_padding_mask is on meta, q on cpu",
         ),
         (
+            {
+                "q": torch.randn(2, 4, 41, 8),
+                "key_padding_mask": torch.ones(2, 40, dtype=torch.bool),
+                "zero_padded_queries": True,
+            },
+            "zero_padded_queries=True is for self-attention.*41 queries and 40 keys",
+        ),
+        (
             {"layout": BlockLayout.from_mask(torch.eye(4), 16)},
             "4×4 blocks of 16; 40 queries and 40 keys need 3×3",
         ),

@@ -62,6 +62,30 @@ def test_is_dense_attention_until_there_is_a_pattern(padded):
     assert not padded or not out[2].any()
 
 
+@pytest.mark.parametrize("dropout_key", [None, torch.arange(3, dtype=torch.int32)])
+@pytest.mark.parametrize("sparse_phase", [False, True])
+def test_padded_queries_give_zeros_where_that_is_asked_for(sparse_phase, dropout_key):
+    tensors, real = drawn(), real_tokens()
+    found = []
+    for zero in (False, True):
+        attention = module(dropout_p=0.1 * (dropout_key is not None), zero_padded_queries=zero)
+        attention.sparsity_config.set_pattern(pattern() if sparse_phase else None)
+        found.append(attention(*tensors, real, dropout_key))
+    plain, zeroed = found
+    assert plain[1, :, 50:].any()
+    assert not zeroed[1, :, 50:].any()
+    read = real[:, None].expand(-1, HEADS, -1)
+    assert torch.equal(zeroed[read], plain[read])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_dense_attention_with_padding_is_the_same_on_a_gpu():
+    attention, tensors, real = module(), drawn(), real_tokens()
+    found = attention(*(x.cuda() for x in tensors), real.cuda())
+    assert relative_error(found.cpu(), attention(*tensors, real)) < FLOAT32_TOLERANCE
+
+
 @pytest.mark.parametrize("pruned", ["zero", "excluded"])
 def test_is_block_sparse_attention_with_a_pattern(pruned):
     attention, tensors = module(pruned=pruned), drawn()

@@ -46,7 +46,7 @@ def test_operators_pass_opcheck(rich, qkv, device):
     rest = (
         options["key_padding_mask"] if rich else None,
         options["dropout_key"] if rich else None,
-        *(BLOCK, 0.25, False, True, 0.2 if rich else 0.0),
+        *(BLOCK, 0.25, False, True, rich, 0.2 if rich else 0.0),
     )
     forward = torch.ops.spion_ds.block_sparse_attention_fwd.default
     torch.library.opcheck(forward, (*qkv, *index, *rest))
