@@ -163,9 +163,10 @@ def _tools(report: Report) -> str | None:
     nvcc = compiling.find_nvcc()
     missing = (
         "flood fill runs on the CPU (10 ms a layer at 1024 blocks a side), and "
-        'backend="hopper" does not run; install the CUDA toolkit 12.3 or newer'
+        'backend="hopper" does not run; install the CUDA toolkit 12.3 or newer, or a wheel that '
+        "was built with it and SPION_DS_PREBUILD=1"
     )
-    needed = nvcc is None and torch.cuda.is_available()
+    needed = nvcc is None and torch.cuda.is_available() and compiling.CUDA.shipped() is None
     report.add("tools", "nvcc", nvcc or "not found", missing if needed else None)
     return why
 

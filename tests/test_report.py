@@ -108,6 +108,19 @@ def test_it_says_which_libraries_are_prebuilt(tmp_path, monkeypatch):
     assert lines["CUDA operators"] == f"built into the package, {tmp_path / '_cuda.so'}"
 
 
+def test_nvcc_is_missed_only_where_nothing_is_prebuilt(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(compiling, "find_nvcc", lambda: None)
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)
+    found = report.Report()
+    report._tools(found)
+    assert "a wheel that was built with it" in found.missing[-1]
+    (tmp_path / "_cuda.so").touch()
+    found = report.Report()
+    report._tools(found)
+    assert not [line for line in found.missing if line.startswith("nvcc")]
+
+
 def test_titles_are_bold_only_when_asked_for():
     shown = report.Report()
     shown.add("tools", "ninja", "not found", "costs something")
