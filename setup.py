@@ -1,13 +1,17 @@
-"""Packages spion_ds: library, recipes, and the C++ sources that are compiled on first use.
+"""Packages spion_ds: library, recipes, and the sources that are compiled on first use.
 
-With SPION_DS_PREBUILD=1 the wheel also ships the compiled operators, for the PyTorch that is
-installed while it is built (pip wheel --no-build-isolation).
+SPION_DS_PREBUILD=1 compiles them into the wheel, for the PyTorch that is installed while it is
+built (pip wheel --no-build-isolation): the C++ operators, and with nvcc and a PyTorch with CUDA
+the CUDA operators and Hopper kernels too. What cannot be compiled ends the build. Without it, or
+with 0, nothing is compiled.
 """
 
 import os
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).resolve().parent
 version = next(
@@ -18,18 +22,44 @@ version = next(
 
 
 def prebuilt():
-    """Return the arguments of setup() that build the operators into the package, if asked for."""
-    if os.environ.get("SPION_DS_PREBUILD", "0") in ("", "0"):
+    """Return the arguments of setup() that compile the libraries into the package, if asked for."""
+    wanted = os.environ.get("SPION_DS_PREBUILD", "")
+    if wanted in ("", "0"):
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    if wanted != "1":
+        sys.exit(
+            f"error: SPION_DS_PREBUILD is {wanted!r}; allowed: 1 builds the operators into the "
+            "wheel, 0 does not"
+        )
+    sys.path.insert(0, str(here))
+    try:
+        from spion_ds import compiling
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: SPION_DS_PREBUILD=1 compiles for the PyTorch that is installed, but {error}; "
+            "install it, and give pip --no-build-isolation"
+        )
+    libraries, left_out = compiling.compilable()
+    by_name = {f"spion_ds.{library.name}": library for library in libraries}
 
-    operators = CppExtension(
-        name="spion_ds._ops",
-        sources=sorted(str(path.relative_to(here)) for path in (here / "csrc").glob("*.cpp")),
-        extra_compile_args=["-O3", "-g0", "-fopenmp"],
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [operators], "cmdclass": {"build_ext": BuildExtension}}
+    class BuildLibraries(build_ext):
+        """Compiles as the first use does; setuptools says where to."""
+
+        def run(self):
+            if left_out is not None:
+                print(f"spion_ds: only the C++ operators are built: {left_out}", file=sys.stderr)
+            super().run()
+
+        def build_extension(self, ext):
+            path = Path(self.get_ext_fullpath(ext.name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            by_name[ext.name].write(path)
+
+    extensions = [
+        Extension(name, [str(source.relative_to(here)) for source in library.sources()])
+        for name, library in by_name.items()
+    ]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildLibraries}}
 
 
 setup(

@@ -1,5 +1,5 @@
 // Flood fill of a pooled attention map on GPUs: a thread a walk. No PyTorch header, so that nvcc
-// takes seconds; spion_ds/cuda_extension.py calls the C function.
+// takes seconds; spion_ds/extension.py calls the C function.
 
 #include <cuda_runtime_api.h>
 

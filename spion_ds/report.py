@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import spion_ds
-from spion_ds import extension
+from spion_ds import compiling, extension
 from spion_ds.attention.dropout import HAS_TRITON
 
 _PACKAGES = ("triton", "deepspeed", "mpi4py", "transformers")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = reason is not None
         print(reason or f"the C++ operators are loaded; it took {took:.1f} s", end="\n\n")
         if torch.cuda.is_available():
-            extension.cuda_operators_available(torch.cuda.get_device_capability())
+            extension.cuda_operators_available()
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(describe().text(colours))
     return int(failed)
@@ -89,7 +89,7 @@ def describe() -> Report:
     _devices(report)
     compiler = _tools(report)
     operators = _operators(report, compiler)
-    _gpu_kernels(report)
+    _gpu_kernels(report, compiler)
     _backends(report, operators)
     return report
 
@@ -154,18 +154,19 @@ def _tools(report: Report) -> str | None:
         report.add("tools", "C++ compiler", f"{wanted} is not on PATH")
     else:
         report.add("tools", "C++ compiler", f"{compiler} ({_first_line(compiler, '--version')})")
-    with extension.ninja_on_path():
+    with compiling.ninja_on_path():
         ninja = shutil.which("ninja")
         found = f"{ninja} ({_first_line(ninja, '--version')})" if ninja else "not found"
     report.add("tools", "ninja", found)
     if ninja is None:
         why = why or "there is no ninja"
-    nvcc = extension.find_nvcc()
+    nvcc = compiling.find_nvcc()
     missing = (
         "flood fill runs on the CPU (10 ms a layer at 1024 blocks a side), and "
-        'backend="hopper" does not run; install the CUDA toolkit 12.3 or newer'
+        'backend="hopper" does not run; install the CUDA toolkit 12.3 or newer, or a wheel that '
+        "was built with it and SPION_DS_PREBUILD=1"
     )
-    needed = nvcc is None and torch.cuda.is_available()
+    needed = nvcc is None and torch.cuda.is_available() and compiling.CUDA.shipped() is None
     report.add("tools", "nvcc", nvcc or "not found", missing if needed else None)
     return why
 
@@ -173,35 +174,42 @@ def _tools(report: Report) -> str | None:
 def _operators(report: Report, no_tools: str | None) -> bool:
     """Add the C++ operators; return whether they serve, compiled on first use if need be."""
     section, name = "operators", "C++ operators"
-    shipped = extension.shipped_library()
-    remedy = "see above"
-    if shipped is not None:
-        found, there = f"built into the package, {shipped}", True
-    elif extension.compiling_is_off():
-        found, there = "SPION_DS_NO_COMPILE is set: not compiled, nor loaded from the cache", False
-        remedy = "unset SPION_DS_NO_COMPILE, or install a wheel built with SPION_DS_PREBUILD=1"
-    else:
-        try:
-            library = extension.compiled_library()
-        except RuntimeError as error:
-            report.add(section, name, str(error), f"{_PYTHON_COST}; reinstall spion_ds")
-            return False
-        if library.exists():
-            found, there = f"compiled, {library}", True
-        elif no_tools is None:
-            report.add(section, name, f"compiled on first use, 10 to 60 s, into {library.parent}")
-            return True
-        else:
-            found, there = f"not compiled, and cannot be: {no_tools}", False
-            remedy = "install a C++ compiler and ninja, or a wheel built with SPION_DS_PREBUILD=1"
-    if there and (reason := _load_operators()) is not None:
-        found, there = f"{found}, but does not load: {reason}", False
-        remedy = "remove that file, so that it is compiled again"
-    report.add(section, name, found, None if there else f"{_PYTHON_COST}; {remedy}")
-    return there
+    found, state = _found(compiling.CPP, no_tools)
+    if state == "there" and (reason := _load_operators()) is not None:
+        found, state = f"{found}, but does not load: {reason}", "broken"
+    missing = None
+    if state not in ("there", "on first use"):
+        missing = f"{_PYTHON_COST}; {_REMEDIES[state]}"
+    report.add(section, name, found, missing)
+    return missing is None
 
 
-def _gpu_kernels(report: Report) -> None:
+_REMEDIES = {
+    "forbidden": "unset SPION_DS_NO_COMPILE, or install a wheel built with SPION_DS_PREBUILD=1",
+    "no sources": "reinstall spion_ds",
+    "no tools": "install a C++ compiler and ninja, or a wheel built with SPION_DS_PREBUILD=1",
+    "broken": "remove that file, so that it is compiled again",
+}
+
+
+def _found(library: compiling.Library, no_tools: str | None) -> tuple[str, str]:
+    """Return what there is of a library, and its state: "there", "on first use", or why not."""
+    if (shipped := library.shipped()) is not None:
+        return f"built into the package, {shipped}", "there"
+    if compiling.compiling_is_off():
+        return "SPION_DS_NO_COMPILE is set: not compiled, nor loaded from the cache", "forbidden"
+    try:
+        cached = library.cached()
+    except RuntimeError as error:
+        return str(error), "no sources"
+    if cached.exists():
+        return f"compiled, {cached}", "there"
+    if no_tools is not None:
+        return f"not compiled, and cannot be: {no_tools}", "no tools"
+    return f"compiled on first use, {library.takes}, into {cached.parent}", "on first use"
+
+
+def _gpu_kernels(report: Report, no_tools: str | None) -> None:
     if not HAS_TRITON:
         found = "Triton is not installed"
     elif os.environ.get("TRITON_INTERPRET") == "1":
@@ -212,31 +220,22 @@ def _gpu_kernels(report: Report) -> None:
     else:
         found = "for CUDA devices, of which there is none"
     report.add("operators", "Triton kernels", found)
-    report.add("operators", "CUDA operators", _cuda_operators())
-    if not _has_hopper():
-        found = "for GPUs of compute capability 9.0, of which there is none"
-    else:
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-        built = next(Path(root).expanduser().rglob("spion_ds_hopper.so"), None)
-        found = f"compiled, {built}" if built else f"compiled on first use, minutes, into {root}"
-    report.add("operators", "Hopper kernels", found)
-
-
-def _cuda_operators() -> str:
-    """Return what the CUDA operators of the first device are."""
-    if not torch.cuda.is_available():
-        return "for CUDA devices, of which there is none"
-    if extension.compiling_is_off():
-        return "SPION_DS_NO_COMPILE is set: not compiled, nor loaded from the cache"
-    try:
-        library = extension.compiled_cuda_library(torch.cuda.get_device_capability(0))
-    except RuntimeError as error:
-        return str(error)
-    if library.exists():
-        return f"compiled, {library}"
-    if extension.find_nvcc() is None:
-        return "not compiled, and cannot be: there is no nvcc"
-    return f"compiled on first use, 1 to 10 s, into {library.parent}"
+    no_nvcc = "there is no nvcc" if compiling.find_nvcc() is None else None
+    for name, library, tools, devices, present in (
+        ("CUDA operators", compiling.CUDA, no_nvcc, "CUDA devices", torch.cuda.is_available()),
+        (
+            "Hopper kernels",
+            compiling.HOPPER,
+            no_nvcc or no_tools,
+            "GPUs of compute capability 9.0",
+            _has_hopper(),
+        ),
+    ):
+        if present or library.shipped() is not None:
+            found, _ = _found(library, tools)
+        else:
+            found = f"for {devices}, of which there is none"
+        report.add("operators", name, found)
 
 
 def _backends(report: Report, operators: bool) -> None:

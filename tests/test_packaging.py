@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
+
+from spion_ds import compiling
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +34,43 @@ def test_wheel_has_recipes_and_sources_and_no_tests(tmp_path: Path) -> None:
     assert {"spion_ds/csrc/flood_fill.cpp", "spion_ds/csrc/attention_tiles.h"} <= sources
     assert recipes | modules | sources <= names
     assert not [name for name in names if name.startswith(("tests", "launch"))]
+
+
+def test_a_prebuilt_wheel_gets_its_libraries_from_the_code_of_the_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[str] = []
+
+    def write(library: compiling.Library, path: Path) -> None:
+        written.append(library.name)
+        path.write_bytes(b"a library")
+
+    monkeypatch.setattr(compiling.Library, "write", write)
+    monkeypatch.setenv("SPION_DS_PREBUILD", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(ROOT)
+    every = (compiling.CPP, compiling.CUDA, compiling.HOPPER)
+    for libraries, left_out in ((every, None), (every[:1], "there is no nvcc")):
+        monkeypatch.setattr(compiling, "compilable", lambda found=(libraries, left_out): found)
+        folder = tmp_path / f"{len(libraries)}"
+        words = ["-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["setup.py", *words])
+        runpy.run_path("setup.py")
+        names = sorted(path.name.split(".")[0] for path in (folder / "spion_ds").iterdir())
+        assert names == sorted(library.name for library in libraries)
+        said = capsys.readouterr().err
+        assert ("only the C++ operators are built: there is no nvcc" in said) == bool(left_out)
+    assert written == ["_ops", "_cuda", "_hopper", "_ops"]
+
+
+def test_another_value_of_prebuild_is_an_error() -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "SPION_DS_PREBUILD": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "SPION_DS_PREBUILD is 'cuda'; allowed: 1" in result.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spion_ds import extension, report
+from spion_ds import compiling, extension, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
     monkeypatch.delenv("SPION_DS_NO_COMPILE", raising=False)
     monkeypatch.setenv("SPION_DS_CACHE", str(tmp_path))
     monkeypatch.setattr(extension, "_available", None)
-    library = extension.compiled_library()
+    library = compiling.CPP.cached()
     library.parent.mkdir()
     library.write_bytes(b"no library")
     found = report.Report()
@@ -91,6 +91,34 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
     [(_, line)] = found.sections["operators"]
     assert line.startswith(f"compiled, {library}, but does not load:")
     assert "remove that file" in found.missing[0]
+
+
+def test_it_says_which_libraries_are_prebuilt(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_PACKAGE", tmp_path)
+    monkeypatch.setenv("SPION_DS_NO_COMPILE", "1")
+    found = report.Report()
+    (tmp_path / "_hopper.so").touch()
+    report._gpu_kernels(found, "there is no C++ compiler (c++)")
+    lines = dict(found.sections["operators"])
+    assert lines["Hopper kernels"] == f"built into the package, {tmp_path / '_hopper.so'}"
+    assert "built into the package" not in lines["CUDA operators"]
+    (tmp_path / "_cuda.so").touch()
+    report._gpu_kernels(found, None)
+    lines = dict(found.sections["operators"])
+    assert lines["CUDA operators"] == f"built into the package, {tmp_path / '_cuda.so'}"
+
+
+def test_nvcc_is_missed_only_where_nothing_is_prebuilt(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(compiling, "find_nvcc", lambda: None)
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)
+    found = report.Report()
+    report._tools(found)
+    assert "a wheel that was built with it" in found.missing[-1]
+    (tmp_path / "_cuda.so").touch()
+    found = report.Report()
+    report._tools(found)
+    assert not [line for line in found.missing if line.startswith("nvcc")]
 
 
 def test_titles_are_bold_only_when_asked_for():

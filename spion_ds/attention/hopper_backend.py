@@ -8,24 +8,21 @@ docs/kernels_hopper.md says how they work and what was measured.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spion_ds import compiling
 from spion_ds.attention.hopper_plan import column_list, row_list
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
-from spion_ds.extension import shared_standard_library
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _BLOCKS = (64, 128)
-_PACKAGE = Path(__file__).resolve().parents[1]
-_SOURCE_FOLDERS = (_PACKAGE / "csrc" / "hopper", _PACKAGE.parent / "csrc" / "hopper")
 
 
 def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
@@ -48,29 +45,18 @@ def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> st
 
 @functools.cache
 def load() -> None:
-    """Compile and register the operators on the first call.
+    """Load the operators on the first call, compiling them if need be.
 
     Raises:
         ConfigError: the compiler is missing or fails.
     """
-    from torch.utils import cpp_extension
-
-    folder = next((folder for folder in _SOURCE_FOLDERS if folder.is_dir()), None)
-    if folder is None:
-        raise ConfigError(f"no Hopper sources in {' or '.join(map(str, _SOURCE_FOLDERS))}")
     try:
-        cpp_extension.load(
-            name="spion_ds_hopper",
-            sources=[str(path) for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.cu")])],
-            extra_cflags=["-O3"],
-            extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
-            extra_ldflags=shared_standard_library(),
-            is_python_module=False,
-        )
+        compiling.HOPPER.load(torch.ops.load_library)
     except (RuntimeError, OSError, ImportError) as error:
+        why = compiling.reason(error).splitlines()[0]
         raise ConfigError(
-            f"the hopper backend could not be compiled ({str(error).splitlines()[0]}); it needs "
-            'nvcc 12.3 or newer, a C++ compiler and ninja; backend="triton" needs none'
+            f"the hopper backend could not be compiled or loaded ({why}); it needs nvcc 12.3 or "
+            'newer, a C++ compiler and ninja; backend="triton" needs none'
         ) from error
 
 

@@ -30,8 +30,8 @@ class Task:
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
         documents: sequences of a sample, 1 or 2.
-        encode: ``(text)`` returns the token ids of one input; raises DataError. None: inputs come
-            as token ids alone.
+        encode: ``(text, config)`` returns the token ids of one input, cut where the task's data
+            is; raises DataError. None: inputs come as token ids alone.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task:
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
     documents: int = 1
-    encode: Callable[[str], np.ndarray] | None = None
+    encode: Callable[[str, Any], np.ndarray] | None = None
 
 
 def _task(

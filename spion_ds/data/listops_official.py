@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -79,8 +79,12 @@ def parse_official(path: Path, sequence_length: int) -> Iterator[tuple[np.ndarra
             raise _not_official(f"{path}, line 2", "nothing", "the file is truncated")
 
 
-def encode(text: str) -> np.ndarray:
+def encode(text: str, config: Any) -> np.ndarray:
     """Return the token ids (tokens,) uint8 of one expression, e.g. ``[MAX 2 [MIN 7 3 ] ]``.
+
+    Args:
+        text: the expression, with or without the official files' parentheses.
+        config: of the task; nothing here depends on it.
 
     Raises:
         DataError: it has a token that ListOps does not have, or its brackets do not close.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Sample:
 
 
 def read_samples(
-    lines: Iterable[str], task: Task, sequence_length: int, name: str
+    lines: Iterable[str], task: Task, data: Any, sequence_length: int, name: str
 ) -> Iterator[Sample]:
     """Yield the input of each line; blank lines are passed over.
 
@@ -38,6 +39,7 @@ def read_samples(
     Args:
         lines: the text.
         task: what the inputs are of.
+        data: the task's configuration, with which the model was trained.
         sequence_length: the most tokens that the model takes.
         name: of the text, for messages.
 
@@ -51,15 +53,17 @@ def read_samples(
             parts = line.split("\t", 1) if task.documents == 2 else [line]
             if len(parts) < task.documents:
                 raise DataError("one document; allowed: two, with a tab between them")
-            sample = Sample(number, tuple(_read(part, task, sequence_length) for part in parts))
+            sample = Sample(
+                number, tuple(_read(part, task, data, sequence_length) for part in parts)
+            )
         except DataError as error:
             raise DataError(f"{name}, line {number}: {error}") from None
         yield sample
 
 
-def _read(text: str, task: Task, sequence_length: int) -> np.ndarray:
+def _read(text: str, task: Task, data: Any, sequence_length: int) -> np.ndarray:
     """Return the token ids (tokens,) int64 of one document."""
-    ids = _encode(text, task)
+    ids = _encode(text, task, data)
     if not len(ids):
         raise DataError("there is nothing in it")
     if len(ids) > sequence_length:
@@ -69,7 +73,7 @@ def _read(text: str, task: Task, sequence_length: int) -> np.ndarray:
     return ids
 
 
-def _encode(line: str, task: Task) -> np.ndarray:
+def _encode(line: str, task: Task, data: Any) -> np.ndarray:
     if _IDS.fullmatch(line):
         numbers = [int(word) for word in re.split(r"[\s,]+", line) if word]
         if max(numbers, default=0) >= task.vocab_size:
@@ -84,4 +88,4 @@ def _encode(line: str, task: Task) -> np.ndarray:
             f"{shown} is not a list of token ids; the task {task.name} takes whole numbers from 0 "
             f"to {task.vocab_size - 1}, with spaces or commas between them"
         )
-    return task.encode(line).astype(np.int64)
+    return task.encode(line, data).astype(np.int64)

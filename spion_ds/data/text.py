@@ -6,6 +6,7 @@ import re
 import tarfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -97,9 +98,14 @@ def byte_ids(text: bytes) -> np.ndarray:
     return np.frombuffer(text, np.uint8).astype(np.uint16) + np.uint16(1)
 
 
-def encode(text: str) -> np.ndarray:
-    """Return the token ids (bytes,) uint16 of one text, without the line's end."""
-    return byte_ids(text.rstrip("\r\n").encode())
+def encode(text: str, config: Any) -> np.ndarray:
+    """Return the token ids (bytes,) uint16 of one text: as much of it as training reads.
+
+    Args:
+        text: a review, or a document; its line's end is not part of it.
+        config: the task's ``data`` configuration; ``max_length`` bytes are read.
+    """
+    return byte_ids(text.rstrip("\r\n").encode()[: config.max_length])
 
 
 def _convert(config: TextConfig, archive: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ def flood_fill(pooled: Tensor, threshold: float) -> Tensor:
     if math.isnan(threshold):
         raise ConfigError("threshold is nan; allowed: any number")
     check_pooled(pooled)
-    if pooled.is_cuda and cuda_operators_available(torch.cuda.get_device_capability(pooled.device)):
+    if pooled.is_cuda and cuda_operators_available():
         return torch.ops.spion_ds.flood_fill(pooled.detach(), threshold)
     on_cpu = pooled.detach().to("cpu", torch.float64)
     if operators_available():

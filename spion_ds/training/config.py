@@ -286,7 +286,7 @@ def build_run_config(
     deepspeed: Mapping[str, Any] | None,
     overrides: Sequence[str],
     *,
-    world_size: int,
+    world_size: int | None,
     device_type: str,
     attention: str | None = None,
 ) -> RunConfig:
@@ -299,7 +299,7 @@ def build_run_config(
         recipe: nested mappings, from :func:`read_recipe` or a saved run.
         deepspeed: the DeepSpeed JSON; None takes the recipe's own ``deepspeed`` section.
         overrides: ``section.key=value`` texts; values are read as YAML.
-        world_size: ranks that train.
+        world_size: ranks that train; None if that is not known yet: a number that fits.
         device_type: ``"cpu"`` or ``"cuda"``.
         attention: one of ``recipe_files.attention_names()``; it is appended to the recipe's name.
 
@@ -363,7 +363,7 @@ def _published_or_given(
 
 
 def _validated(
-    config: RunConfig, deepspeed: dict[str, Any], world_size: int, device_type: str
+    config: RunConfig, deepspeed: dict[str, Any], world_size: int | None, device_type: str
 ) -> RunConfig:
     config.data.validate()
     config.model.validate()

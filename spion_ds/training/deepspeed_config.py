@@ -29,13 +29,14 @@ def resolve_deepspeed_config(
     given: dict[str, Any],
     training: TrainingConfig,
     optimizer: OptimizerConfig,
-    world_size: int,
+    world_size: int | None,
     device_type: str,
 ) -> tuple[dict[str, Any], BatchSizes]:
     """Return the configuration as DeepSpeed gets it, and the batch sizes.
 
     A value that is ``"auto"`` or absent is filled from the recipe; one that differs from the
-    recipe's is an error, so that there is one truth.
+    recipe's is an error, so that there is one truth. Without a ``world_size`` the batch sizes are
+    those of a number of ranks that fits, the one with the fewest accumulation steps.
 
     Raises:
         ConfigError: a contradiction, an ``"auto"`` at a place that the recipe says nothing about,
@@ -196,7 +197,9 @@ def _fill_precision(config: dict[str, Any], precision: str, device_type: str) ->
         )
 
 
-def _batch_sizes(config: dict[str, Any], training: TrainingConfig, world_size: int) -> BatchSizes:
+def _batch_sizes(
+    config: dict[str, Any], training: TrainingConfig, world_size: int | None
+) -> BatchSizes:
     total = training.batch_size
     micro = _number(config, "train_micro_batch_size_per_gpu")
     if micro is None:
@@ -208,6 +211,8 @@ def _batch_sizes(config: dict[str, Any], training: TrainingConfig, world_size: i
             "the JSON's to 'auto'"
         )
     accumulation = _number(config, "gradient_accumulation_steps")
+    if world_size is None:
+        world_size = max(1, total // ((micro or total) * (accumulation or 1)))
     if micro is not None and accumulation is None:
         accumulation = max(1, total // (micro * world_size))
     if accumulation is None:

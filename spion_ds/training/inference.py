@@ -311,10 +311,10 @@ def _predict_all(trained: TrainedModel, source: str, batch_size: int) -> None:
     if source != STDIN:
         # Find a bad line before the first prediction; what comes through a pipe cannot be.
         with _open(source) as lines:
-            for _ in read_samples(_decoded(lines, name), task, length, name):
+            for _ in read_samples(_decoded(lines, name), task, trained.data, length, name):
                 pass
     with _open(source) as lines:
-        samples = read_samples(_decoded(lines, name), task, length, name)
+        samples = read_samples(_decoded(lines, name), task, trained.data, length, name)
         while batch := list(itertools.islice(samples, batch_size)):
             for sample, probabilities in zip(batch, predict(trained, batch), strict=True):
                 row = {"line": sample.line, "label": int(np.argmax(probabilities))}

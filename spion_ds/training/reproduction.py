@@ -23,6 +23,7 @@ import torch
 from spion_ds.errors import ConfigError, SpionError
 from spion_ds.settings import read_dataclass, require
 from spion_ds.training.config import RunConfig, build_run_config
+from spion_ds.training.ranks import discover_ranks
 from spion_ds.training.recipe_files import read_deepspeed_json, read_recipe
 from spion_ds.training.results import RunResult, read_result, results_table
 from spion_ds.training.stopping import Stopped, StopRequest
@@ -84,7 +85,7 @@ class Run:
     Attributes:
         recipe, attention, seed: where it stands in the plan; no attention is the recipe's own.
         folder: where it is or will be.
-        config: its configuration on one rank.
+        config: its configuration; with a launcher, on a number of ranks that fits.
         overrides: as the command line takes them.
     """
 
@@ -130,12 +131,19 @@ def reproduce(options: ReproduceOptions) -> None:
     """Train what the plan has and is not finished, and write ``run_dir/results.md``.
 
     Raises:
-        SpionError: the plan is wrong, before anything starts; or some runs failed, at the end.
+        SpionError: the plan is wrong, or this is one of several ranks, before anything starts; or
+            some runs failed, at the end.
         Stopped: the time was over, or a signal came; the same command goes on.
     """
     require(
         options.minutes is None or options.minutes > 0.0, "--minutes", options.minutes, "above 0"
     )
+    ranks = discover_ranks().world_size
+    if ranks > 1:
+        raise ConfigError(
+            f"launch/reproduce.py was started on {ranks} ranks; start one process, and name what "
+            "starts the ranks of each run with --launcher"
+        )
     runs = plan_runs(options)
     deadline = None if options.minutes is None else time.monotonic() + 60.0 * options.minutes
     failed, stopped = [], False
@@ -171,6 +179,9 @@ def reproduce(options: ReproduceOptions) -> None:
 def plan_runs(options: ReproduceOptions) -> list[Run]:
     """Return the runs of a plan, seed by seed, after checking all configurations.
 
+    How many ranks a launcher starts is seen by the runs alone: they check that the batch divides
+    among those.
+
     Raises:
         ConfigError: a configuration is wrong, two runs have one folder, or a finished run was
             made with another configuration.
@@ -179,6 +190,7 @@ def plan_runs(options: ReproduceOptions) -> list[Run]:
     runs: list[Run] = []
     deepspeed = read_deepspeed_json(options.ds_config) if options.ds_config else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    started_alone = options.launcher is None and not options.table_only
     for seed in plan.seeds:
         for recipe in plan.recipes:
             for attention in plan.attentions or (None,):
@@ -187,7 +199,7 @@ def plan_runs(options: ReproduceOptions) -> list[Run]:
                     read_recipe(recipe),
                     deepspeed,
                     words,
-                    world_size=1,
+                    world_size=1 if started_alone else None,
                     device_type=device,
                     attention=attention,
                 )

@@ -173,7 +173,7 @@ def prepare_data(
 def _compile_operators(ranks: Ranks) -> None:
     """Compile what rank 0 makes patterns with now, if need be, and not at the switch."""
     if ranks.device.type == "cuda":
-        cuda_operators_available(torch.cuda.get_device_capability(ranks.device))
+        cuda_operators_available()
     else:
         operators_available()
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds import compiling
+from spion_ds.attention import BlockLayout, block_sparse_attention, hopper_backend
 from spion_ds.errors import ConfigError
 
 from .cases import ON_GPU, Case, assert_is_the_reference, evaluate, make
@@ -65,3 +69,38 @@ def test_what_it_does_not_take_is_named(change, words):
     layout = BlockLayout.from_mask(torch.eye(-(-64 // values["block"])), values["block"])
     with pytest.raises(ConfigError, match=words):
         block_sparse_attention(q, q, q, layout, backend="hopper", **options)
+
+
+def test_a_shipped_library_is_loaded_and_nothing_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "_PACKAGE", tmp_path)
+    monkeypatch.setenv("SPION_DS_NO_COMPILE", "1")
+    load = hopper_backend.load.__wrapped__  # what this process has loaded is not asked
+    with pytest.raises(ConfigError, match="SPION_DS_NO_COMPILE is set"):
+        load()
+    loaded: list[Path] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    shipped = tmp_path / "_hopper.cpython-311-x86_64-linux-gnu.so"
+    shipped.touch()
+    load()
+    assert loaded == [shipped]
+
+
+def test_it_is_compiled_for_wgmma_into_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "_PACKAGE", tmp_path)
+    monkeypatch.setenv("SPION_DS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPION_DS_NO_COMPILE", raising=False)
+    asked: dict[str, Any] = {}
+
+    def compile(**arguments: Any) -> None:
+        asked.update(arguments)
+        (Path(arguments["build_directory"]) / f"{arguments['name']}.so").touch()
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", compile)
+    loaded: list[Path] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    hopper_backend.load.__wrapped__()
+    assert loaded == [compiling.HOPPER.cached()]
+    assert loaded[0].is_file()
+    names = {Path(source).name for source in asked["sources"]}
+    assert {"binding.cpp", "forward.cu", "backward_dq.cu", "backward_dkv.cu"} <= names
+    assert "-gencode=arch=compute_90a,code=sm_90a" in asked["extra_cuda_cflags"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spion_ds import extension
+from spion_ds import compiling, extension
 
 ROOT = Path(__file__).resolve().parents[2]
 SAY_AVAILABLE = "from spion_ds.extension import operators_available; print(operators_available())"
@@ -54,7 +54,7 @@ def compiled_together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPION_DS_CACHE", str(cache))
-        folder = extension._cache_folder(extension._find_sources())
+        folder = compiling.CPP.cached().parent
     (folder / "build-killed").mkdir(parents=True)
     (folder / "build-killed" / "lock").touch()
     (folder / "compiling.lock").touch()

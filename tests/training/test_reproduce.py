@@ -76,6 +76,38 @@ def test_every_configuration_is_checked_before_any_run() -> None:
             plan_runs(ReproduceOptions(plan, Path("train.py")))
 
 
+def test_batches_that_only_a_launchers_ranks_can_take_are_planned(tmp_path: Path) -> None:
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text('{"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2}')
+    fits, never = ("training.batch_size=64",), ("training.batch_size=40",)
+    options = ReproduceOptions(Plan(("listops",), overrides=fits), TRAIN, ds_config=str(ds_config))
+    with pytest.raises(ConfigError, match=r"1 rank\(s\) × 2 .* × micro-batch 8"):
+        plan_runs(options)
+    [run] = plan_runs(dataclasses.replace(options, launcher="torchrun --nproc_per_node 4"))
+    assert dataclasses.astuple(run.config.batches) == (64, 8, 2)
+    [_] = plan_runs(dataclasses.replace(options, table_only=True))
+    plan = Plan(("listops",), overrides=never)
+    with pytest.raises(ConfigError, match="a batch of 40 does not divide"):
+        plan_runs(dataclasses.replace(options, launcher="srun", plan=plan))
+
+
+def test_without_a_known_number_of_ranks_the_fewest_steps_accumulate() -> None:
+    overrides = ("training.batch_size=64", "training.micro_batch_size=16")
+    options = ReproduceOptions(Plan(("listops",), overrides=overrides), TRAIN, launcher="srun")
+    [run] = plan_runs(options)
+    # So that a limit on accumulation, like that of CUDA graphs, refuses no run that may keep it.
+    assert run.config.batches.accumulation == 1
+
+
+def test_several_ranks_of_it_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    run_dir = tmp_path / "runs"
+    with pytest.raises(ConfigError, match=r"started on 4 ranks; .* --launcher"):
+        reproduce(ReproduceOptions(Plan(("listops",)), TRAIN, run_dir=run_dir))
+    assert not run_dir.exists()
+
+
 def test_without_attentions_the_recipes_own_is_trained() -> None:
     options = ReproduceOptions(Plan(("listops",)), Path("train.py"))
     [run] = plan_runs(options)
