@@ -18,7 +18,7 @@ from spion_ds.models.rotary import rotate, rotations
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
-POOLINGS = ("masked_mean", "mean")
+POOLINGS = ("masked_mean", "mean", "first")
 POSITIONS = ("learned", "rotary")
 # Dropout places: one in the embedding, then four a layer.
 _PLACES_A_LAYER = 4
@@ -40,11 +40,13 @@ class ModelConfig:
         positions: ``"learned"``, a vector for each that is added to the embedding, or
             ``"rotary"``, which turns queries and keys.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
-            published code does.
+            published code does, ``"first"`` takes the first token: in ListOps the root operator.
         zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
             code, which so hides the black pixels of images.
         masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
             leaves out the pass and the layer for it.
+        subexpression_loss: weight of the loss of naming the value of every ListOps sub-expression
+            at its operator, by the classifier of the first token, in the same pass; 0 for none.
         activation_checkpointing: whether training keeps only the layers' inputs and computes the
             rest again in the backward pass: less memory, a third more time. Results stay.
     """
@@ -61,6 +63,7 @@ class ModelConfig:
     pooling: str = "masked_mean"
     zero_is_padding: bool = False
     masked_token_loss: float = 0.0
+    subexpression_loss: float = 0.0
     activation_checkpointing: bool = False
 
     def validate(self) -> None:
@@ -71,13 +74,20 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"model.{name}", value, "0 up to, not including, 1")
-        weight = self.masked_token_loss
-        require(weight >= 0.0, "model.masked_token_loss", weight, "from 0 up")
+        for name in ("masked_token_loss", "subexpression_loss"):
+            value = getattr(self, name)
+            require(value >= 0.0, f"model.{name}", value, "from 0 up")
         known = " or ".join(POSITIONS)
         require(self.positions in POSITIONS, "model.positions", self.positions, known)
         even = self.positions != "rotary" or self.head_dim % 2 == 0
         require(even, "model.head_dim", self.head_dim, "an even number, for rotary positions")
         require(self.pooling in POOLINGS, "model.pooling", self.pooling, " or ".join(POOLINGS))
+        require(
+            self.subexpression_loss == 0.0 or self.pooling == "first",
+            "model.subexpression_loss",
+            self.subexpression_loss,
+            "0 where model.pooling is not first, whose classifier reads single tokens",
+        )
 
 
 class EncoderLayer(nn.Module):
@@ -127,7 +137,7 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderClassifier(nn.Module):
-    """Embedding, positions, encoder layers, mean pooling, two-layer classifier.
+    """Embedding, positions, encoder layers, pooling, two-layer classifier.
 
     With two documents a sample it is a dual encoder: the same layers pool each document to x₀ and
     x₁, and the classifier sees [x₀, x₁, x₀∘x₁, x₀ − x₁].
@@ -211,6 +221,11 @@ class EncoderClassifier(nn.Module):
         return loss
 
     @property
+    def names_subexpressions(self) -> bool:
+        """Whether a pass classifies every token, for the loss of sub-expressions."""
+        return self.training and self.config.subexpression_loss > 0.0
+
+    @property
     def dropout_places(self) -> int:
         """How many dropout keys a sample needs in one forward pass."""
         return 1 + _PLACES_A_LAYER * len(self.layers)
@@ -227,7 +242,10 @@ class EncoderClassifier(nn.Module):
         dropout_keys: Tensor | None = None,
         guess_tokens: bool = False,
     ) -> Tensor:
-        """Return logits (B, classes), or those of every token, (B, L, vocab_size).
+        """Return logits (B, classes), or guesses of every token, (B, L, vocab_size).
+
+        With ``subexpression_loss`` training mode returns the classifier's logits at every token,
+        (B, L, classes), of which the first token's are the sample's.
 
         Args:
             input_ids: (B, L) int64; (B, 2, L) with two documents.
@@ -265,6 +283,8 @@ class EncoderClassifier(nn.Module):
         if learning:
             losses = torch.stack([pattern() for pattern in learning])
             self._pattern_loss = self._pattern_weight * losses.sum()
+        if self.names_subexpressions:
+            return self.classifier(x)
         pooled = self._pool(x, padding_mask)
         if self.documents > 1:
             first, second = pooled.unflatten(0, (-1, self.documents)).unbind(dim=1)
@@ -295,6 +315,8 @@ class EncoderClassifier(nn.Module):
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         if self.config.pooling == "mean":
             return x_BLE.mean(dim=1)
+        if self.config.pooling == "first":
+            return x_BLE[:, 0]
         weight = padding_mask.to(x_BLE.dtype)[..., None]
         return (x_BLE * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 

@@ -381,6 +381,12 @@ def _validated(
         "false where model.masked_token_loss is above 0",
     )
     require(
+        config.model.subexpression_loss == 0.0 or config.task == "listops",
+        "model.subexpression_loss",
+        config.model.subexpression_loss,
+        f"0 for the task {config.task}; above 0 for listops",
+    )
+    require(
         not config.training.augment or config.task in AUGMENTED_TASKS,
         "training.augment",
         True,
