@@ -5,8 +5,9 @@ Shape suffixes: B batch, L tokens, E model dim, H heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class ModelConfig:
             code, which so hides the black pixels of images.
         masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
             leaves out the pass and the layer for it.
+        nesting_levels: depths of nesting in brackets that have a vector each, added to the
+            embedding; what is deeper shares the last. ListOps only; 0 for none.
         subexpression_loss: weight of the loss of naming the value of every ListOps sub-expression
             at its operator, by the classifier of the first token, in the same pass; 0 for none.
         activation_checkpointing: whether training keeps only the layers' inputs and computes the
@@ -63,6 +66,7 @@ class ModelConfig:
     pooling: str = "masked_mean"
     zero_is_padding: bool = False
     masked_token_loss: float = 0.0
+    nesting_levels: int = 0
     subexpression_loss: float = 0.0
     activation_checkpointing: bool = False
 
@@ -77,6 +81,14 @@ class ModelConfig:
         for name in ("masked_token_loss", "subexpression_loss"):
             value = getattr(self, name)
             require(value >= 0.0, f"model.{name}", value, "from 0 up")
+        levels = self.nesting_levels
+        require(levels >= 0, "model.nesting_levels", levels, "a whole number from 0 up")
+        require(
+            levels == 0 or self.masked_token_loss == 0.0,
+            "model.nesting_levels",
+            levels,
+            "0 where model.masked_token_loss is above 0: a mask may hide a bracket",
+        )
         known = " or ".join(POSITIONS)
         require(self.positions in POSITIONS, "model.positions", self.positions, known)
         even = self.positions != "rotary" or self.head_dim % 2 == 0
@@ -149,6 +161,8 @@ class EncoderClassifier(nn.Module):
         num_classes: outputs.
         max_length: longest input, in tokens.
         documents: sequences of a sample, 1 or 2.
+        brackets: the first and the last token id that opens a bracket, and the one that closes it;
+            needed for ``nesting_levels``.
     """
 
     def __init__(
@@ -159,16 +173,18 @@ class EncoderClassifier(nn.Module):
         num_classes: int,
         max_length: int,
         documents: int = 1,
+        brackets: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.sparse_attention = config, sparse_attention
         self.documents = documents
         # The other arguments: what a saved model is built from again.
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "vocab_size": vocab_size,
             "num_classes": num_classes,
             "max_length": max_length,
             "documents": documents,
+            "brackets": None if brackets is None else list(brackets),
         }
         # A mask is one more token.
         tokens = vocab_size + (config.masked_token_loss > 0.0)
@@ -177,6 +193,15 @@ class EncoderClassifier(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(max_length, config.dim)
             nn.init.normal_(self.position_embedding.weight, std=0.02)
+        if config.nesting_levels > 0:
+            require(
+                brackets is not None,
+                "model.nesting_levels",
+                config.nesting_levels,
+                "0 without brackets",
+            )
+            self.nesting_embedding = nn.Embedding(config.nesting_levels, config.dim)
+            nn.init.normal_(self.nesting_embedding.weight, std=0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config,
@@ -264,6 +289,8 @@ class EncoderClassifier(nn.Module):
             keys = combine(keys[..., None], document).flatten(-2)
         length, device = input_ids.shape[1], input_ids.device
         x, rotation = self.token_embedding(input_ids), None
+        if self.config.nesting_levels > 0:
+            x = x + self.nesting_embedding(self._nesting(input_ids))
         if self.config.positions == "rotary":
             rotation = rotations(length, self.config.head_dim, device)
         else:
@@ -304,6 +331,16 @@ class EncoderClassifier(nn.Module):
     def real_tokens(self, input_ids: Tensor, padding_mask: Tensor) -> Tensor:
         """Return the padding mask, in its shape, without what ``zero_is_padding`` hides."""
         return padding_mask & (input_ids != 0) if self.config.zero_is_padding else padding_mask
+
+    def _nesting(self, input_ids: Tensor) -> Tensor:
+        """Return how deep each token is nested, (B, L) int64, the outermost brackets at 0.
+
+        Brackets are as deep as each other, what is between them one deeper.
+        """
+        first, last, close = self.sizes["brackets"]
+        opens = (input_ids >= first) & (input_ids <= last)
+        around = opens.long().cumsum(1) - (input_ids == close).long().cumsum(1)
+        return (around - opens.long()).clamp(0, self.config.nesting_levels - 1)
 
     def _watched_patterns(self) -> list[LearnedPattern]:
         """Return the patterns that learn from the pass that begins, and tell them to watch it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from spion_ds.attention.dropout import combine
 from spion_ds.data import Dataset
 from spion_ds.data.listops_trees import CLOSE_ID, PAD_ID
-from spion_ds.training.subexpressions import depths_and_parents, readable_depth
+from spion_ds.training.subexpressions import check_readable, deepest_node, depths_and_parents
 
 # ``(input_ids (B, L) int64, keys (B,) int32)`` → (B, L) int64; keys as from ``sample_keys``.
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +33,8 @@ def make_augmentation(task: str, data: Any, dataset: Dataset) -> Augmentation:
         ConfigError: the data are of another vocabulary.
     """
     if task == "listops":
-        depth = readable_depth(dataset, "training.augment", "true", "false")
+        check_readable(dataset, "training.augment", "true", "false")
+        depth = deepest_node(dataset.train)
         return lambda ids, keys: shuffle_operands(ids, keys, depth)
     return lambda ids, keys: flip_and_turn(ids, keys, data.image_size)
 

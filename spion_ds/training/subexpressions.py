@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spion_ds.data import Dataset
+from spion_ds.data import Dataset, Split
 from spion_ds.data.listops import is_readable
 from spion_ds.data.listops_trees import (
     CLOSE_ID,
@@ -28,25 +28,27 @@ from spion_ds.errors import ConfigError
 NO_VALUE = -1
 
 
-def readable_depth(dataset: Dataset, key: str, value: object, off: object) -> int:
-    """Return an upper bound of the depth of all training nodes: one below the deepest operator.
-
-    It is counted, as files need not keep to data.max_depth, which says how trees are drawn.
+def check_readable(dataset: Dataset, key: str, value: object, off: object) -> None:
+    """Raise ConfigError if the data are ListOps of another vocabulary than ours.
 
     Args:
         dataset: of ListOps.
         key, value: of the setting that needs to read expressions.
         off: the value of ``key`` that does not.
-
-    Raises:
-        ConfigError: the data are of another vocabulary.
     """
     if not is_readable(dataset.train):
         raise ConfigError(
             f"{key} is {value}, but data.source has ListOps in another vocabulary than ours; set "
             f"{key} to {off}, or data.source to 'generate'"
         )
-    split, depth = dataset.train, 1
+
+
+def deepest_node(split: Split) -> int:
+    """Return an upper bound of the depth of all nodes: one below the deepest operator.
+
+    It is counted, as files need not keep to data.max_depth, which says how trees are drawn.
+    """
+    depth = 1
     for start in range(0, len(split), 1024):
         ids = split.input_ids[start : start + 1024]
         steps = ((ids >= MIN_ID) & (ids <= SM_ID)).astype(np.int8) - (ids == CLOSE_ID)

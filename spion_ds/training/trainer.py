@@ -63,7 +63,8 @@ from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, rese
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
 from spion_ds.training.subexpressions import (
-    readable_depth,
+    check_readable,
+    deepest_node,
     subexpression_loss,
     subexpression_values,
 )
@@ -160,10 +161,10 @@ class Trainer:
             if config.training.augment
             else None
         )
-        self._deepest = 0
-        if config.model.subexpression_loss > 0.0:
-            weight = config.model.subexpression_loss
-            self._deepest = readable_depth(dataset, "model.subexpression_loss", weight, 0)
+        for key in ("nesting_levels", "subexpression_loss"):
+            if value := getattr(config.model, key):
+                check_readable(dataset, f"model.{key}", value, 0)
+        self._deepest = deepest_node(dataset.train) if config.model.subexpression_loss > 0.0 else 0
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.reader = BatchReader(
             dataset.train,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spion_ds.data import Dataset, Split
+from spion_ds.data import TASKS, Dataset, Split
 from spion_ds.data.listops import encode, evaluate
 from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, SM_ID
 from spion_ds.errors import ConfigError
@@ -20,8 +20,9 @@ from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.augmentation import shuffle_operands
 from spion_ds.training.subexpressions import (
     NO_VALUE,
+    check_readable,
+    deepest_node,
     depths_and_parents,
-    readable_depth,
     subexpression_loss,
     subexpression_values,
 )
@@ -136,6 +137,26 @@ def test_the_loss_reaches_every_weight_and_the_operators_tokens_alone() -> None:
     assert all(p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_tokens_are_told_how_deep_they_are_nested() -> None:
+    torch.manual_seed(0)
+    config = replace(SIZES, nesting_levels=3)
+    block = SparseAttentionConfig(block=16)
+    model = EncoderClassifier(config, block, 17, 10, 640, brackets=TASKS["listops"].brackets)
+    ids = torch.from_numpy(encode("[MIN 1 [SM 5 [MAX 6 [MED 7 8 ] ] ] 3 ]")).long()
+    assert model._nesting(F.pad(ids, (0, 2))[None])[0].tolist() == [
+        *[0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 0],  # the deepest share the last level
+        *[0, 0],
+    ]
+    # A tree's depth counts from 1, and its brackets are as deep as their operator.
+    trees_ids, real, _ = some()
+    deep = replace(SIZES, nesting_levels=DEPTH)
+    model = EncoderClassifier(deep, block, 17, 10, 640, brackets=TASKS["listops"].brackets)
+    depth = depths_and_parents(trees_ids, DEPTH)[0]
+    assert torch.equal(model._nesting(trees_ids)[real], depth[real] - 1)
+    with pytest.raises(ConfigError, match=r"nesting_levels is 3; allowed: 0 without brackets"):
+        EncoderClassifier(config, block, 17, 10, 640)
+
+
 def losses_of(device: str, **options: object) -> list[float]:
     model = small_model().to(device).train()
     forward = AcceleratedForward(model, **options)  # type: ignore[arg-type]
@@ -180,6 +201,16 @@ def test_a_gpu_finds_the_same_values_and_replays_the_same_losses() -> None:
         ),
         ("listops", ("model.subexpression_loss=-1",), r"model\.subexpression_loss is -1"),
         ("image", ("model.pooling=first",), r"subexpression_loss is 1\.0; allowed: 0 for the task"),
+        (
+            "image",
+            ("model.subexpression_loss=0", "model.nesting_levels=4"),
+            r"nesting_levels is 4; allowed: 0 for the task image, which has no brackets",
+        ),
+        (
+            "listops",
+            ("model.pooling=first", "model.nesting_levels=4", "model.masked_token_loss=1"),
+            r"nesting_levels is 4; allowed: 0 where model\.masked_token_loss is above 0",
+        ),
         ("listops", ("model.pooling=last",), r"model\.pooling is 'last'; allowed: .* or first"),
     ],
 )
@@ -193,14 +224,15 @@ def test_the_depth_is_counted_and_another_vocabulary_is_refused() -> None:
     labels = np.array([evaluate(row.tolist()) for row in ids], np.uint8)
     lengths = (ids > 0).sum(axis=1).astype(np.int32)
 
-    def depth(tokens: np.ndarray) -> int:
+    def dataset(tokens: np.ndarray) -> Dataset:
         split = Split(tokens, lengths, labels)
-        dataset = Dataset(split, split, split, Path(), {})
-        return readable_depth(dataset, "model.subexpression_loss", 1.0, 0)
+        return Dataset(split, split, split, Path(), {})
 
-    assert depth(ids) == DEPTH
+    assert deepest_node(dataset(ids).train) == DEPTH
+    check_readable(dataset(ids), "model.subexpression_loss", 1.0, 0)
+    other = dataset(np.where(ids > 0, 17 - ids, 0).astype(np.uint8))
     with pytest.raises(ConfigError, match=r"subexpression_loss is 1\.0, but data\.source"):
-        depth(np.where(ids > 0, 17 - ids, 0).astype(np.uint8))
+        check_readable(other, "model.subexpression_loss", 1.0, 0)
 
 
 @pytest.mark.ranks
@@ -209,6 +241,7 @@ def test_runs_do_not_depend_on_ranks_or_interruptions(tmp_path: Path) -> None:
         "recipe": str(TINY),
         "overrides": [
             "model.pooling=first",
+            "model.nesting_levels=8",
             "model.subexpression_loss=0.5",
             "training.augment=true",
             "training.steps=9",
