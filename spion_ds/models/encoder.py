@@ -19,7 +19,7 @@ from spion_ds.models.rotary import rotate, rotations
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
-POOLINGS = ("masked_mean", "mean", "first")
+POOLINGS = ("masked_mean", "mean", "attention")
 POSITIONS = ("learned", "rotary")
 # Dropout places: one in the embedding, then four a layer.
 _PLACES_A_LAYER = 4
@@ -41,7 +41,9 @@ class ModelConfig:
         positions: ``"learned"``, a vector for each that is added to the embedding, or
             ``"rotary"``, which turns queries and keys.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
-            published code does, ``"first"`` takes the first token: in ListOps the root operator.
+            published code does, ``"attention"`` takes the first token, after it has attended to
+            all real tokens once more: one row, whatever the layers' patterns keep. In ListOps it
+            is the root operator.
         zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
             code, which so hides the black pixels of images.
         masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
@@ -95,10 +97,10 @@ class ModelConfig:
         require(even, "model.head_dim", self.head_dim, "an even number, for rotary positions")
         require(self.pooling in POOLINGS, "model.pooling", self.pooling, " or ".join(POOLINGS))
         require(
-            self.subexpression_loss == 0.0 or self.pooling == "first",
+            self.subexpression_loss == 0.0 or self.pooling == "attention",
             "model.subexpression_loss",
             self.subexpression_loss,
-            "0 where model.pooling is not first, whose classifier reads single tokens",
+            "0 where model.pooling is not attention, whose classifier reads single tokens",
         )
 
 
@@ -146,6 +148,28 @@ class EncoderLayer(nn.Module):
         x_BLE = x_BLE + drop(self.projection(attended.transpose(1, 2).flatten(2)), 1)
         hidden = drop(nn.functional.gelu(self.ffn_in(self.ffn_norm(x_BLE))), 2)
         return x_BLE + drop(self.ffn_out(hidden), 3)
+
+
+class AttentionPooling(nn.Module):
+    """The first token, which has attended to all: dense attention of a single row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.query = nn.Linear(config.dim, inner)
+        self.key_value = nn.Linear(config.dim, 2 * inner)
+        self.projection = nn.Linear(inner, config.dim)
+
+    def forward(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
+        """Return (B, E), given (B, L, E) and the padding mask (B, L) bool, True = real token."""
+        first = x_BLE[:, 0]
+        q = self.query(first).unflatten(-1, (self.heads, 1, -1))  # (B, H, 1, D)
+        key_value = self.key_value(x_BLE).unflatten(-1, (2, self.heads, -1))
+        k, v = (x.transpose(1, 2) for x in key_value.unbind(dim=2))  # (B, H, L, D)
+        mask = padding_mask[:, None, None, :]
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return first + self.projection(attended.flatten(1))
 
 
 class EncoderClassifier(nn.Module):
@@ -214,6 +238,8 @@ class EncoderClassifier(nn.Module):
             for layer in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim)
+        if config.pooling == "attention":
+            self.pooling = AttentionPooling(config)
         self.classifier = nn.Sequential(
             nn.Linear(config.dim if documents == 1 else 4 * config.dim, config.classifier_dim),
             nn.ReLU(),
@@ -310,9 +336,9 @@ class EncoderClassifier(nn.Module):
         if learning:
             losses = torch.stack([pattern() for pattern in learning])
             self._pattern_loss = self._pattern_weight * losses.sum()
-        if self.names_subexpressions:
-            return self.classifier(x)
         pooled = self._pool(x, padding_mask)
+        if self.names_subexpressions:
+            return self.classifier(torch.cat([pooled[:, None], x[:, 1:]], dim=1))
         if self.documents > 1:
             first, second = pooled.unflatten(0, (-1, self.documents)).unbind(dim=1)
             pooled = torch.cat([first, second, first * second, first - second], dim=-1)
@@ -352,8 +378,8 @@ class EncoderClassifier(nn.Module):
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         if self.config.pooling == "mean":
             return x_BLE.mean(dim=1)
-        if self.config.pooling == "first":
-            return x_BLE[:, 0]
+        if self.config.pooling == "attention":
+            return self.pooling(x_BLE, padding_mask)
         weight = padding_mask.to(x_BLE.dtype)[..., None]
         return (x_BLE * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 

@@ -40,7 +40,7 @@ SIZES = ModelConfig(
     dropout=0.0,
     attention_dropout=0.0,
     positions="rotary",
-    pooling="first",
+    pooling="attention",
     subexpression_loss=1.0,
 )
 
@@ -197,10 +197,14 @@ def test_a_gpu_finds_the_same_values_and_replays_the_same_losses() -> None:
         (
             "listops",
             (),
-            r"subexpression_loss is 1\.0; allowed: 0 where model\.pooling is not first",
+            r"subexpression_loss is 1\.0; allowed: 0 where model\.pooling is not attention",
         ),
         ("listops", ("model.subexpression_loss=-1",), r"model\.subexpression_loss is -1"),
-        ("image", ("model.pooling=first",), r"subexpression_loss is 1\.0; allowed: 0 for the task"),
+        (
+            "image",
+            ("model.pooling=attention",),
+            r"subexpression_loss is 1\.0; allowed: 0 for",
+        ),
         (
             "image",
             ("model.subexpression_loss=0", "model.nesting_levels=4"),
@@ -208,10 +212,10 @@ def test_a_gpu_finds_the_same_values_and_replays_the_same_losses() -> None:
         ),
         (
             "listops",
-            ("model.pooling=first", "model.nesting_levels=4", "model.masked_token_loss=1"),
+            ("model.pooling=attention", "model.nesting_levels=4", "model.masked_token_loss=1"),
             r"nesting_levels is 4; allowed: 0 where model\.masked_token_loss is above 0",
         ),
-        ("listops", ("model.pooling=last",), r"model\.pooling is 'last'; allowed: .* or first"),
+        ("listops", ("model.pooling=last",), r"model\.pooling is 'last'; allowed: .* or attention"),
     ],
 )
 def test_what_cannot_be_is_refused(recipe: str, overrides: tuple[str, ...], message: str) -> None:
@@ -240,7 +244,7 @@ def test_runs_do_not_depend_on_ranks_or_interruptions(tmp_path: Path) -> None:
     whole = {
         "recipe": str(TINY),
         "overrides": [
-            "model.pooling=first",
+            "model.pooling=attention",
             "model.nesting_levels=8",
             "model.subexpression_loss=0.5",
             "training.augment=true",
