@@ -164,11 +164,17 @@ class AttentionPooling(nn.Module):
     def forward(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         """Return (B, E), given (B, L, E) and the padding mask (B, L) bool, True = real token."""
         first = x_BLE[:, 0]
-        q = self.query(first).unflatten(-1, (self.heads, 1, -1))  # (B, H, 1, D)
+        q_BHD = self.query(first).unflatten(-1, (self.heads, -1))
         key_value = self.key_value(x_BLE).unflatten(-1, (2, self.heads, -1))
-        k, v = (x.transpose(1, 2) for x in key_value.unbind(dim=2))  # (B, H, L, D)
-        mask = padding_mask[:, None, None, :]
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        k_BLHD, v_BLHD = key_value.unbind(dim=2)
+        # Written out: fused attention is made for many rows.
+        exact = torch.promote_types(x_BLE.dtype, torch.float32)
+        logits_BHL = torch.einsum("bhd,blhd->bhl", q_BHD, k_BLHD).to(exact)
+        logits_BHL = logits_BHL * q_BHD.shape[-1] ** -0.5
+        # Not infinite: a sample without real tokens shall give no NaN.
+        lowest = torch.finfo(exact).min
+        weights = logits_BHL.masked_fill(~padding_mask[:, None], lowest).softmax(dim=-1)
+        attended = torch.einsum("bhl,blhd->bhd", weights.to(x_BLE.dtype), v_BLHD)
         return first + self.projection(attended.flatten(1))
 
 

@@ -187,7 +187,7 @@ def test_a_gpu_finds_the_same_values_and_replays_the_same_losses() -> None:
     assert torch.equal(subexpression_values(ids.cuda(), DEPTH).cpu(), values)
     plain = losses_of("cuda", compile=False, cuda_graph=False)
     replayed = losses_of("cuda", compile=False, cuda_graph=True)
-    # The same kernels, but attention of a single row may add up in another order.
+    # The same kernels; those of matrix products may split their sums in another way.
     assert replayed == pytest.approx(plain, rel=1e-4)
 
 
