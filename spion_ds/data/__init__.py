@@ -30,6 +30,8 @@ class Task:
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
         documents: sequences of a sample, 1 or 2.
+        brackets: the first and the last token id that opens a bracket, and the one that closes it;
+            None where there are none.
         encode: ``(text, config)`` returns the token ids of one input, cut where the task's data
             is; raises DataError. None: inputs come as token ids alone.
     """
@@ -42,6 +44,7 @@ class Task:
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
     documents: int = 1
+    brackets: tuple[int, int, int] | None = None
     encode: Callable[[str, Any], np.ndarray] | None = None
 
 
@@ -61,6 +64,7 @@ def _task(
         check_source=module.check_source,
         baselines=baselines,
         documents=documents,
+        brackets=getattr(module, "BRACKETS", None),
         encode=getattr(module, "encode", None),
     )
 

@@ -28,8 +28,11 @@ from spion_ds.data.listops_official import (
     parse_official,
 )
 from spion_ds.data.listops_trees import (
+    CLOSE_ID,
+    MIN_ID,
     NUM_CLASSES,
     PAD_ID,
+    SM_ID,
     UNKNOWN_ID,
     VOCAB_SIZE,
     TreeShape,
@@ -61,6 +64,7 @@ __all__ = [
 # Part of the cache's name: raise it when the same configuration gives other trees.
 GENERATOR_VERSION = 1
 GENERATE = "generate"
+BRACKETS = (MIN_ID, SM_ID, CLOSE_ID)
 PICKLES = Pickles("listops", "lra-listops", VOCAB_SIZE, NUM_CLASSES, padded=True)
 # Draws without a new tree after which a configuration counts as impossible.
 BARREN_DRAWS = 2**21

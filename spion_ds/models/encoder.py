@@ -5,8 +5,9 @@ Shape suffixes: B batch, L tokens, E model dim, H heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from spion_ds.models.rotary import rotate, rotations
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
-POOLINGS = ("masked_mean", "mean")
+POOLINGS = ("masked_mean", "mean", "attention")
 POSITIONS = ("learned", "rotary")
 # Dropout places: one in the embedding, then four a layer.
 _PLACES_A_LAYER = 4
@@ -40,11 +41,17 @@ class ModelConfig:
         positions: ``"learned"``, a vector for each that is added to the embedding, or
             ``"rotary"``, which turns queries and keys.
         pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
-            published code does.
+            published code does, ``"attention"`` takes the first token, after it has attended to
+            all real tokens once more: one row, whatever the layers' patterns keep. In ListOps it
+            is the root operator.
         zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
             code, which so hides the black pixels of images.
         masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
             leaves out the pass and the layer for it.
+        nesting_levels: depths of nesting in brackets that have a vector each, added to the
+            embedding; what is deeper shares the last. ListOps only; 0 for none.
+        subexpression_loss: weight of the loss of naming the value of every ListOps sub-expression
+            at its operator, by the classifier of the first token, in the same pass; 0 for none.
         activation_checkpointing: whether training keeps only the layers' inputs and computes the
             rest again in the backward pass: less memory, a third more time. Results stay.
     """
@@ -61,6 +68,8 @@ class ModelConfig:
     pooling: str = "masked_mean"
     zero_is_padding: bool = False
     masked_token_loss: float = 0.0
+    nesting_levels: int = 0
+    subexpression_loss: float = 0.0
     activation_checkpointing: bool = False
 
     def validate(self) -> None:
@@ -71,13 +80,28 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"model.{name}", value, "0 up to, not including, 1")
-        weight = self.masked_token_loss
-        require(weight >= 0.0, "model.masked_token_loss", weight, "from 0 up")
+        for name in ("masked_token_loss", "subexpression_loss"):
+            value = getattr(self, name)
+            require(value >= 0.0, f"model.{name}", value, "from 0 up")
+        levels = self.nesting_levels
+        require(levels >= 0, "model.nesting_levels", levels, "a whole number from 0 up")
+        require(
+            levels == 0 or self.masked_token_loss == 0.0,
+            "model.nesting_levels",
+            levels,
+            "0 where model.masked_token_loss is above 0: a mask may hide a bracket",
+        )
         known = " or ".join(POSITIONS)
         require(self.positions in POSITIONS, "model.positions", self.positions, known)
         even = self.positions != "rotary" or self.head_dim % 2 == 0
         require(even, "model.head_dim", self.head_dim, "an even number, for rotary positions")
         require(self.pooling in POOLINGS, "model.pooling", self.pooling, " or ".join(POOLINGS))
+        require(
+            self.subexpression_loss == 0.0 or self.pooling == "attention",
+            "model.subexpression_loss",
+            self.subexpression_loss,
+            "0 where model.pooling is not attention, whose classifier reads single tokens",
+        )
 
 
 class EncoderLayer(nn.Module):
@@ -126,8 +150,36 @@ class EncoderLayer(nn.Module):
         return x_BLE + drop(self.ffn_out(hidden), 3)
 
 
+class AttentionPooling(nn.Module):
+    """The first token, which has attended to all: dense attention of a single row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.query = nn.Linear(config.dim, inner)
+        self.key_value = nn.Linear(config.dim, 2 * inner)
+        self.projection = nn.Linear(inner, config.dim)
+
+    def forward(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
+        """Return (B, E), given (B, L, E) and the padding mask (B, L) bool, True = real token."""
+        first = x_BLE[:, 0]
+        q_BHD = self.query(first).unflatten(-1, (self.heads, -1))
+        key_value = self.key_value(x_BLE).unflatten(-1, (2, self.heads, -1))
+        k_BLHD, v_BLHD = key_value.unbind(dim=2)
+        # Written out: fused attention is made for many rows.
+        exact = torch.promote_types(x_BLE.dtype, torch.float32)
+        logits_BHL = torch.einsum("bhd,blhd->bhl", q_BHD, k_BLHD).to(exact)
+        logits_BHL = logits_BHL * q_BHD.shape[-1] ** -0.5
+        # Not infinite: a sample without real tokens shall give no NaN.
+        lowest = torch.finfo(exact).min
+        weights = logits_BHL.masked_fill(~padding_mask[:, None], lowest).softmax(dim=-1)
+        attended = torch.einsum("bhl,blhd->bhd", weights.to(x_BLE.dtype), v_BLHD)
+        return first + self.projection(attended.flatten(1))
+
+
 class EncoderClassifier(nn.Module):
-    """Embedding, positions, encoder layers, mean pooling, two-layer classifier.
+    """Embedding, positions, encoder layers, pooling, two-layer classifier.
 
     With two documents a sample it is a dual encoder: the same layers pool each document to x₀ and
     x₁, and the classifier sees [x₀, x₁, x₀∘x₁, x₀ − x₁].
@@ -139,6 +191,8 @@ class EncoderClassifier(nn.Module):
         num_classes: outputs.
         max_length: longest input, in tokens.
         documents: sequences of a sample, 1 or 2.
+        brackets: the first and the last token id that opens a bracket, and the one that closes it;
+            needed for ``nesting_levels``.
     """
 
     def __init__(
@@ -149,16 +203,18 @@ class EncoderClassifier(nn.Module):
         num_classes: int,
         max_length: int,
         documents: int = 1,
+        brackets: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.sparse_attention = config, sparse_attention
         self.documents = documents
         # The other arguments: what a saved model is built from again.
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "vocab_size": vocab_size,
             "num_classes": num_classes,
             "max_length": max_length,
             "documents": documents,
+            "brackets": None if brackets is None else list(brackets),
         }
         # A mask is one more token.
         tokens = vocab_size + (config.masked_token_loss > 0.0)
@@ -167,6 +223,15 @@ class EncoderClassifier(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(max_length, config.dim)
             nn.init.normal_(self.position_embedding.weight, std=0.02)
+        if config.nesting_levels > 0:
+            require(
+                brackets is not None,
+                "model.nesting_levels",
+                config.nesting_levels,
+                "0 without brackets",
+            )
+            self.nesting_embedding = nn.Embedding(config.nesting_levels, config.dim)
+            nn.init.normal_(self.nesting_embedding.weight, std=0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config,
@@ -181,6 +246,8 @@ class EncoderClassifier(nn.Module):
             for layer in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim)
+        if config.pooling == "attention":
+            self.pooling = AttentionPooling(config)
         self.classifier = nn.Sequential(
             nn.Linear(config.dim if documents == 1 else 4 * config.dim, config.classifier_dim),
             nn.ReLU(),
@@ -213,6 +280,11 @@ class EncoderClassifier(nn.Module):
         return loss
 
     @property
+    def names_subexpressions(self) -> bool:
+        """Whether a pass classifies every token, for the loss of sub-expressions."""
+        return self.training and self.config.subexpression_loss > 0.0
+
+    @property
     def dropout_places(self) -> int:
         """How many dropout keys a sample needs in one forward pass."""
         return 1 + _PLACES_A_LAYER * len(self.layers)
@@ -229,7 +301,10 @@ class EncoderClassifier(nn.Module):
         dropout_keys: Tensor | None = None,
         guess_tokens: bool = False,
     ) -> Tensor:
-        """Return logits (B, classes), or those of every token, (B, L, vocab_size).
+        """Return logits (B, classes), or guesses of every token, (B, L, vocab_size).
+
+        With ``subexpression_loss`` training mode returns the classifier's logits at every token,
+        (B, L, classes), of which the first token's are the sample's.
 
         Args:
             input_ids: (B, L) int64; (B, 2, L) with two documents.
@@ -248,6 +323,8 @@ class EncoderClassifier(nn.Module):
             keys = combine(keys[..., None], document).flatten(-2)
         length, device = input_ids.shape[1], input_ids.device
         x, rotation = self.token_embedding(input_ids), None
+        if self.config.nesting_levels > 0:
+            x = x + self.nesting_embedding(self._nesting(input_ids))
         if self.config.positions == "rotary":
             rotation = rotations(length, self.config.head_dim, device)
         else:
@@ -268,6 +345,8 @@ class EncoderClassifier(nn.Module):
             losses = torch.stack([pattern() for pattern in learning])
             self._pattern_loss = self._pattern_weight * losses.sum()
         pooled = self._pool(x, padding_mask)
+        if self.names_subexpressions:
+            return self.classifier(torch.cat([pooled[:, None], x[:, 1:]], dim=1))
         if self.documents > 1:
             first, second = pooled.unflatten(0, (-1, self.documents)).unbind(dim=1)
             pooled = torch.cat([first, second, first * second, first - second], dim=-1)
@@ -287,6 +366,16 @@ class EncoderClassifier(nn.Module):
         """Return the padding mask, in its shape, without what ``zero_is_padding`` hides."""
         return padding_mask & (input_ids != 0) if self.config.zero_is_padding else padding_mask
 
+    def _nesting(self, input_ids: Tensor) -> Tensor:
+        """Return how deep each token is nested, (B, L) int64, the outermost brackets at 0.
+
+        Brackets are as deep as each other, what is between them one deeper.
+        """
+        first, last, close = self.sizes["brackets"]
+        opens = (input_ids >= first) & (input_ids <= last)
+        around = opens.long().cumsum(1) - (input_ids == close).long().cumsum(1)
+        return (around - opens.long()).clamp(0, self.config.nesting_levels - 1)
+
     def _watched_patterns(self) -> list[LearnedPattern]:
         """Return the patterns that learn from the pass that begins, and tell them to watch it."""
         learning = [p for p in self.patterns if p.learning] if self.training else []
@@ -297,6 +386,8 @@ class EncoderClassifier(nn.Module):
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         if self.config.pooling == "mean":
             return x_BLE.mean(dim=1)
+        if self.config.pooling == "attention":
+            return self.pooling(x_BLE, padding_mask)
         weight = padding_mask.to(x_BLE.dtype)[..., None]
         return (x_BLE * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spion_ds.attention.dropout import combine
-from spion_ds.data import Dataset, Split
-from spion_ds.data.listops import is_readable
-from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, PAD_ID, SM_ID
-from spion_ds.errors import ConfigError
+from spion_ds.data import Dataset
+from spion_ds.data.listops_trees import CLOSE_ID, PAD_ID
+from spion_ds.training.subexpressions import check_readable, deepest_node, depths_and_parents
 
 # ``(input_ids (B, L) int64, keys (B,) int32)`` → (B, L) int64; keys as from ``sample_keys``.
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -35,13 +33,8 @@ def make_augmentation(task: str, data: Any, dataset: Dataset) -> Augmentation:
         ConfigError: the data are of another vocabulary.
     """
     if task == "listops":
-        if not is_readable(dataset.train):
-            raise ConfigError(
-                "training.augment is true, but data.source has ListOps in another vocabulary than "
-                "ours; set training.augment to false, or data.source to 'generate'"
-            )
-        # Files need not keep to data.max_depth, which says how trees are drawn.
-        depth = _deepest(dataset.train)
+        check_readable(dataset, "training.augment", "true", "false")
+        depth = deepest_node(dataset.train)
         return lambda ids, keys: shuffle_operands(ids, keys, depth)
     return lambda ids, keys: flip_and_turn(ids, keys, data.image_size)
 
@@ -65,22 +58,13 @@ def shuffle_operands(ids_BL: Tensor, keys: Tensor, max_depth: int) -> Tensor:
         keys: (B,) int32.
         max_depth: of the deepest node; the root has depth 1.
     """
-    opens = (ids_BL >= MIN_ID) & (ids_BL <= SM_ID)
     closes = ids_BL == CLOSE_ID
     nodes = (ids_BL != PAD_ID) & ~closes  # an operator or a digit
     place = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
-    # Brackets have the depth of their operator, digits that of an operator in their place.
-    depth = (opens.int() - closes.int()).cumsum(1) + (~opens).int()
-
-    parent, opening = torch.zeros_like(place), place
-    size = torch.ones_like(place)
-    for level in range(1, max_depth + 1):
-        here = depth == level
-        last_open = torch.where(opens & here, place, 0).cummax(1).values
-        parent = torch.where(nodes & (depth == level + 1), last_open, parent)
-        opening = torch.where(closes & here, last_open, opening)
-        ends = torch.where(closes & here, place, ids_BL.shape[1]).flip(1).cummin(1).values.flip(1)
-        size = torch.where(opens & here, ends - place + 1, size)
+    depth, parent = depths_and_parents(ids_BL, max_depth)
+    # From an operator to its bracket; what is none of either is one token.
+    spans = torch.where(closes, place - parent + 1, 1)
+    size = torch.ones_like(place).scatter_reduce(1, parent, spans, "amax")
 
     operands = nodes & (place > 0)  # the root is nobody's
     offset = _shuffled_offsets(operands, parent, size, combine(keys[:, None], place))
@@ -88,18 +72,8 @@ def shuffle_operands(ids_BL: Tensor, keys: Tensor, max_depth: int) -> Tensor:
     for level in range(2, max_depth + 1):  # from the root down: a parent's place is known
         moved = new.gather(1, parent) + 1 + offset
         new = torch.where(nodes & (depth == level), moved, new)
-    new = torch.where(closes, (new + size - 1).gather(1, opening), new)
+    new = torch.where(closes, (new + size - 1).gather(1, parent), new)
     return torch.empty_like(ids_BL).scatter(1, new, ids_BL)
-
-
-def _deepest(split: Split) -> int:
-    """Return an upper bound of the depth of all nodes: one below the deepest operator."""
-    depth = 1
-    for start in range(0, len(split), 1024):
-        ids = split.input_ids[start : start + 1024]
-        steps = ((ids >= MIN_ID) & (ids <= SM_ID)).astype(np.int16) - (ids == CLOSE_ID)
-        depth = max(depth, int(steps.cumsum(axis=1, dtype=np.int16).max()) + 1)
-    return depth
 
 
 def _shuffled_offsets(operands: Tensor, parent: Tensor, size: Tensor, draws: Tensor) -> Tensor:

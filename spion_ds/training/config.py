@@ -380,6 +380,14 @@ def _validated(
         True,
         "false where model.masked_token_loss is above 0",
     )
+    for key in ("nesting_levels", "subexpression_loss"):
+        value = getattr(config.model, key)
+        require(
+            value == 0 or get_task(config.task).brackets is not None,
+            f"model.{key}",
+            value,
+            f"0 for the task {config.task}, which has no brackets; above 0 for listops",
+        )
     require(
         not config.training.augment or config.task in AUGMENTED_TASKS,
         "training.augment",

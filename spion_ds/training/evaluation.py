@@ -100,6 +100,7 @@ def build_model(config: RunConfig) -> EncoderClassifier:
         task.num_classes,
         config.data.sequence_length,
         task.documents,
+        task.brackets,
     )
 
 

@@ -62,6 +62,12 @@ from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
+from spion_ds.training.subexpressions import (
+    check_readable,
+    deepest_node,
+    subexpression_loss,
+    subexpression_values,
+)
 from spion_ds.training.watch import Watch
 
 # Skipping more steps than this without one that counts is no training.
@@ -155,6 +161,10 @@ class Trainer:
             if config.training.augment
             else None
         )
+        for key in ("nesting_levels", "subexpression_loss"):
+            if value := getattr(config.model, key):
+                check_readable(dataset, f"model.{key}", value, 0)
+        self._deepest = deepest_node(dataset.train) if config.model.subexpression_loss > 0.0 else 0
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.reader = BatchReader(
             dataset.train,
@@ -175,9 +185,9 @@ class Trainer:
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
         )
-        # Sums of loss, correct predictions, samples, pattern loss and masked-token loss: since the
-        # last row of the log, on this rank.
-        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        # Sums of loss, correct predictions, samples, and the losses of patterns, masked tokens and
+        # sub-expressions: since the last row of the log, on this rank.
+        self._sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
@@ -255,8 +265,16 @@ class Trainer:
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
+            named_loss = None
+            if self.model.names_subexpressions:
+                values = subexpression_values(batch.input_ids, self._deepest)
+                named_loss = subexpression_loss(logits, values)
+                logits = logits[:, 0]  # the root's
             loss = F.cross_entropy(logits, batch.labels)
             _count(counted, loss.detach(), logits.detach(), batch.labels)
+            if named_loss is not None:
+                counted[5] += named_loss.detach() * len(batch.labels)
+                loss = loss + config.model.subexpression_loss * named_loss
             if config.model.masked_token_loss > 0.0:
                 # Not left out: every parameter shall have a gradient.
                 loss = loss * float(state.step >= config.training.pretrain_steps)
@@ -419,7 +437,7 @@ class Trainer:
         state = self.state
         seconds = self.timer.take()
         dist.all_reduce(self._sums)
-        loss, correct, samples, pattern_loss, masked_loss = self._sums.tolist()
+        loss, correct, samples, pattern_loss, masked_loss, named_loss = self._sums.tolist()
         self._sums.zero_()
         if samples == 0:  # every step since the last row was skipped
             return
@@ -441,6 +459,7 @@ class Trainer:
             phase=phase,
             lr=self._rate,
             **({"masked_token_loss": masked_loss / samples} if masked_loss else {}),
+            **({"subexpression_loss": named_loss / samples} if named_loss else {}),
             memory_bytes=peak_memory_bytes(self.device),
             **({"pattern_loss": pattern_loss / samples} if pattern_loss else {}),
             **speed,

@@ -11,6 +11,7 @@ from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
+from spion_ds.models.encoder import POOLINGS
 from spion_ds.sparsity import SatAttentionConfig, SparseAttentionConfig
 
 VOCABULARY, CLASSES, LENGTH, BLOCK = 17, 10, 48, 16
@@ -123,9 +124,10 @@ def test_the_length_of_the_padding_does_not_influence_the_logits(pruned):
     torch.testing.assert_close(alone, made(ids, real)[:1], **SAME)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_sample_without_real_tokens_gives_finite_logits_and_gradients(phase):
-    made = model(phase=phase).eval()
+def test_a_sample_without_real_tokens_gives_finite_logits_and_gradients(phase, pooling):
+    made = model(replace(SMALL, pooling=pooling), phase=phase).eval()
     ids, real = batch()
     real[2] = False
     logits = made(ids, real)
@@ -200,6 +202,17 @@ def test_masked_mean_averages_the_real_tokens_and_mean_the_padding_too():
     # The last sample has no padding, the first has.
     torch.testing.assert_close(everything[-1], pooled[-1], **SAME)
     assert not torch.allclose(everything[0], pooled[0], rtol=1e-3)
+
+
+def test_attention_pools_what_the_first_token_sees_among_the_real_ones():
+    pooled, tokens, real = pooled_and_tokens("attention")
+    made = model(replace(SMALL, pooling="attention")).pooling
+    for sample, (x, keep) in enumerate(zip(tokens, real, strict=True)):
+        q = made.query(x[0]).view(2, 1, 4)
+        k, v = made.key_value(x[keep]).view(-1, 2, 2, 4).permute(1, 2, 0, 3)
+        seen = (q @ k.mT / 2.0).softmax(-1) @ v  # the square root of head_dim 4
+        expected = x[0] + made.projection(seen.flatten())
+        torch.testing.assert_close(pooled[sample], expected, **SAME)
 
 
 def test_zero_is_a_token_unless_it_is_to_be_padding():
@@ -316,7 +329,7 @@ def test_each_layer_has_a_pattern_of_its_own():
         ({"classifier_dim": 0}, "model.classifier_dim is 0"),
         ({"dropout": 1.0}, "model.dropout is 1.0; allowed: 0 up to, not including, 1"),
         ({"attention_dropout": -0.1}, "model.attention_dropout is -0.1"),
-        ({"pooling": "max"}, "model.pooling is 'max'; allowed: masked_mean or mean"),
+        ({"pooling": "max"}, "model.pooling is 'max'; allowed: masked_mean or mean or attention"),
     ],
 )
 def test_values_out_of_range_are_named(change, words):

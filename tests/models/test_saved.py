@@ -34,7 +34,10 @@ def tiny_model(block: dict[str, Any], documents: int = 1, **named: Any) -> Encod
     torch.manual_seed(0)
     sizes = {"dim": 16, "ffn_dim": 32, "layers": 2, "heads": 2, "head_dim": 16}
     config = ModelConfig(**sizes, classifier_dim=16, **named)
-    return EncoderClassifier(config, read_sparse_attention(block), 17, 10, LENGTH, documents).eval()
+    block_config = read_sparse_attention(block)
+    return EncoderClassifier(
+        config, block_config, 17, 10, LENGTH, documents, brackets=(11, 14, 15)
+    ).eval()
 
 
 def sparse_model(block: dict[str, Any] = SPION, **named: Any) -> EncoderClassifier:
@@ -86,6 +89,15 @@ def test_rotary_positions_token_head_pairs_and_sats_w_are_saved(tmp_path: Path) 
     loaded.train()(ids, padding_mask)
     assert loaded.take_pattern_loss() is None
     assert not loaded.patterns[0].weight.requires_grad
+
+
+def test_brackets_and_a_pooling_that_attends_are_saved(tmp_path: Path) -> None:
+    named = {"pooling": "attention", "nesting_levels": 3, "subexpression_loss": 1.0}
+    model = sparse_model(**named)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert (loaded.config, loaded.sizes) == (model.config, model.sizes)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_it_runs_in_bf16(tmp_path: Path) -> None:
