@@ -48,8 +48,7 @@ class SparseSelfAttention(nn.Module):
     def layout(self, length: int, device: torch.device) -> BlockLayout | None:
         """Return the layout for ``length`` tokens on ``device``, None while it is dense.
 
-        It is derived at the first call after a new pattern. torch.compile cannot trace that: with
-        fullgraph=True call this once before.
+        It is derived at the first call after a new pattern.
         """
         pattern = getattr(self.sparsity_config, "pattern", None)
         if pattern is not self._pattern:
@@ -58,6 +57,15 @@ class SparseSelfAttention(nn.Module):
         if (length, device) not in self._layouts:
             self._layouts[length, device] = self._derive(length, device)
         return self._layouts[length, device]
+
+    def prepare(self, length: int, device: torch.device) -> None:
+        """Derive now what passes over ``length`` tokens need.
+
+        A pass does that itself, but where torch.compile traces it the graph breaks there: call
+        this before the first compiled pass, and again after a new pattern.
+        """
+        if self.layout(length, device) is None and self.dropout_p > 0.0:
+            self._full_layout(length, device)
 
     @torch.compiler.disable
     def _derive(self, length: int, device: torch.device) -> BlockLayout | None:
@@ -104,7 +112,7 @@ class SparseSelfAttention(nn.Module):
                 query,
                 key,
                 value,
-                self._full_layout(query),
+                self._full_layout(query.shape[2], query.device),
                 key_padding_mask=key_padding_mask,
                 pruned="excluded",
                 dropout_p=dropout_p,
@@ -114,11 +122,11 @@ class SparseSelfAttention(nn.Module):
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
 
-    def _full_layout(self, query: Tensor) -> BlockLayout:
+    def _full_layout(self, length: int, device: torch.device) -> BlockLayout:
         block = self.sparsity_config.block
-        n = -(-query.shape[2] // block)
-        if self._full is None or self._full.num_rows != n or self._full.device != query.device:
-            ones = torch.ones((n, n), dtype=torch.bool, device=query.device)
+        n = -(-length // block)
+        if self._full is None or self._full.num_rows != n or self._full.device != device:
+            ones = torch.ones((n, n), dtype=torch.bool, device=device)
             self._full = BlockLayout.from_mask(ones, block)
         return self._full
 
