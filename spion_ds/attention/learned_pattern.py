@@ -62,7 +62,11 @@ class LearnedPattern(nn.Module):
 
 
 # An operator, so that torch.compile need not trace how a map is made.
-@torch.library.custom_op("spion_ds::block_means", mutates_args=())
+@torch.library.custom_op(
+    "spion_ds::block_means",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor? key_padding_mask, int block) -> Tensor",
+)
 def _block_means(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, block: int) -> Tensor:
     """Return the mean over heads and samples of the pooled attention, (n, n) float32."""
     batch, heads, length, head_dim = q.shape
