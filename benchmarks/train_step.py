@@ -277,7 +277,7 @@ def _switch(trainer: Trainer, config: RunConfig, density: float) -> None:
     set_masks(trainer.model, masks)
     trainer.state.masks, trainer.state.switch_step = masks, 0
     for attention in trainer.model.attentions:
-        attention.layout(config.data.sequence_length, trainer.device)
+        attention.prepare(config.data.sequence_length, trainer.device)
 
 
 @contextmanager

@@ -46,7 +46,20 @@ def combine(key: Tensor, counter: Tensor | int) -> Tensor:
     """
     if isinstance(counter, int):
         return mix(key + _wrap((counter + 1) * STRIDE))
+    # Inductor's C++ overflows signed integers, of which a compiler may make anything.
+    if key.device.type == "cpu" and torch.compiler.is_compiling():
+        return _combine_uncompiled(key, counter)
     return mix(key + (counter.to(torch.int32) + 1) * STRIDE)
+
+
+@torch.library.custom_op("spion_ds::combine", mutates_args=())
+def _combine_uncompiled(key: Tensor, counter: Tensor) -> Tensor:
+    return mix(key + (counter.to(torch.int32) + 1) * STRIDE)
+
+
+@_combine_uncompiled.register_fake
+def _(key: Tensor, counter: Tensor) -> Tensor:
+    return key.new_empty(torch.broadcast_shapes(key.shape, counter.shape))
 
 
 def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:

@@ -28,8 +28,6 @@ class LearnedPattern(nn.Module):
         weight: W, (n, head_dim), uniform(0, 1) at the start.
         learning: True until ``freeze``. (ZeRO-3 gathers a parameter that another module looks at,
             its ``requires_grad`` too: hence a flag.)
-        watching: whether the layer is to call ``observe``, which resets this, so that a pass
-            recomputed for activation checkpointing is not seen twice.
     """
 
     def __init__(self, blocks: int, head_dim: int, block: int) -> None:
@@ -37,50 +35,48 @@ class LearnedPattern(nn.Module):
         self.weight = nn.Parameter(torch.rand(blocks, head_dim))
         self.blocks, self.block = blocks, block
         self.learning = True
-        self.watching = False
-        self._target: Tensor | None = None
 
     def freeze(self) -> None:
         """Let W be as it is: it gets no gradient, and stays a parameter of every checkpoint."""
         self.learning = False
         self.weight.requires_grad_(False)
 
-    # The pooled map is a registered operator on some devices alone, and W·Wᵀ is small.
-    @torch.compiler.disable
-    @torch.no_grad()
-    def observe(self, q_BHLD: Tensor, k_BHLD: Tensor, key_padding_mask: Tensor | None) -> None:
-        """Pool the attention of a micro-batch to learn from; arguments as ``attention_map``.
+    def forward(self, q_BHLD: Tensor, k_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """Return the pattern loss of a micro-batch, () float32; arguments as ``attention_map``.
 
         The target is the mean over heads and samples of their block means; rows of padding are 0.
 
         Raises:
             ConfigError: the input has another number of blocks than W.
         """
-        self.watching = False
         check_tensors(q_BHLD, k_BHLD, key_padding_mask)
-        batch, heads, length, head_dim = q_BHLD.shape
+        length = q_BHLD.shape[2]
         if -(-length // self.block) != self.blocks:
             raise ConfigError(
                 f"the input has {length} tokens, and the pattern is learned for {self.blocks} "
                 f"blocks of {self.block}; pad the input to {self.blocks * self.block} tokens"
             )
-        weights = q_BHLD.new_full((length,), 1.0 / (batch * heads), dtype=torch.float64)
-        self._target = pooled_map(
-            MapRequest(
-                q_BHLD,
-                k_BHLD,
-                weights,
-                key_padding_mask,
-                causal=False,
-                scale=head_dim**-0.5,
-                block=self.block,
-            )
-        )
-
-    @torch.compiler.disable
-    def forward(self) -> Tensor:
-        """Return the pattern loss of the observed micro-batch, () float32, and forget that."""
-        assert self._target is not None, "nothing was observed"
-        target, self._target = self._target.float(), None
+        target = _block_means(q_BHLD.detach(), k_BHLD.detach(), key_padding_mask, self.block)
         with torch.autocast(target.device.type, enabled=False):
             return pattern_loss(self.weight, target)
+
+
+# An operator, so that torch.compile need not trace how a map is made.
+@torch.library.custom_op(
+    "spion_ds::block_means",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor? key_padding_mask, int block) -> Tensor",
+)
+def _block_means(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, block: int) -> Tensor:
+    """Return the mean over heads and samples of the pooled attention, (n, n) float32."""
+    batch, heads, length, head_dim = q.shape
+    weights = q.new_full((length,), 1.0 / (batch * heads), dtype=torch.float64)
+    scale = head_dim**-0.5
+    request = MapRequest(q, k, weights, key_padding_mask, False, scale, block)
+    return pooled_map(request).float()
+
+
+@_block_means.register_fake
+def _(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, block: int) -> Tensor:
+    n = -(-q.shape[2] // block)
+    return q.new_empty((n, n), dtype=torch.float32)

@@ -54,8 +54,7 @@ class SparseSelfAttention(nn.Module):
     def layout(self, length: int, device: torch.device) -> BlockLayout | None:
         """Return the layout for ``length`` tokens on ``device``, None while it is dense.
 
-        It is derived at the first call after a new pattern. torch.compile cannot trace that: with
-        fullgraph=True call this once before.
+        It is derived at the first call after a new pattern.
         """
         pattern = getattr(self.sparsity_config, "pattern", None)
         if pattern is not self._pattern:
@@ -64,6 +63,16 @@ class SparseSelfAttention(nn.Module):
         if (length, device) not in self._layouts:
             self._layouts[length, device] = self._derive(length, device)
         return self._layouts[length, device]
+
+    def prepare(self, length: int, device: torch.device) -> None:
+        """Derive now what passes over ``length`` tokens need.
+
+        A pass does that itself, but where torch.compile traces it the graph breaks there: call
+        this before the first compiled pass, and again after a new pattern.
+        """
+        may_need_all = self.dropout_p > 0.0 or _kernels_take_padding(device)
+        if self.layout(length, device) is None and may_need_all:
+            self._full_layout(length, device)
 
     @torch.compiler.disable
     def _derive(self, length: int, device: torch.device) -> BlockLayout | None:
@@ -94,10 +103,10 @@ class SparseSelfAttention(nn.Module):
         layout, pruned = self.layout(query.shape[2], query.device), self.pruned
         if layout is None:
             by_keys = dropout_p > 0.0 and dropout_key is not None
-            padded = key_padding_mask is not None and query.is_cuda and HAS_TRITON
+            padded = key_padding_mask is not None and _kernels_take_padding(query.device)
             if not (by_keys or padded):
                 return self._dense(query, key, value, key_padding_mask, dropout_p)
-            layout, pruned = self._full_layout(query), "excluded"
+            layout, pruned = self._full_layout(query.shape[2], query.device), "excluded"
         return block_sparse_attention(
             query,
             key,
@@ -119,12 +128,17 @@ class SparseSelfAttention(nn.Module):
         out = F.scaled_dot_product_attention(query, key, value, mask[:, None, None, :], dropout_p)
         return out.masked_fill(~mask[:, None, :, None], 0.0) if self.zero_padded_queries else out
 
-    def _full_layout(self, query: Tensor) -> BlockLayout:
+    def _full_layout(self, length: int, device: torch.device) -> BlockLayout:
         block = self.sparsity_config.block
-        n = -(-query.shape[2] // block)
-        if self._full is None or self._full.num_rows != n or self._full.device != query.device:
-            ones = torch.ones((n, n), dtype=torch.bool, device=query.device)
+        n = -(-length // block)
+        if self._full is None or self._full.num_rows != n or self._full.device != device:
+            ones = torch.ones((n, n), dtype=torch.bool, device=device)
             self._full = BlockLayout.from_mask(ones, block)
         return self._full
 
     _full: BlockLayout | None = None
+
+
+def _kernels_take_padding(device: torch.device) -> bool:
+    """Return whether dense attention with padding goes to the block-sparse kernels."""
+    return device.type == "cuda" and HAS_TRITON

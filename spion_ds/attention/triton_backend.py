@@ -345,14 +345,18 @@ _REST = (
     "Tensor? padding, Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
     "bool skip_padded, float dropout_p"
 )
+# Inductor hands over the strides of eager mode, which the fakes below count on.
+_STRIDES = torch.Tag.needs_exact_strides
 _library = torch.library.Library("spion_ds", "FRAGMENT")
 _library.define(
     f"block_sparse_attention_fwd(Tensor q, Tensor k, Tensor v, {_INDEX}, {_REST})"
-    " -> (Tensor out, Tensor lse)"
+    " -> (Tensor out, Tensor lse)",
+    tags=_STRIDES,
 )
 _library.define(
     "block_sparse_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_INDEX}, {_REST}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"{_INDEX}, {_REST}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_STRIDES,
 )
 _fwd_op = torch.ops.spion_ds.block_sparse_attention_fwd.default
 _bwd_op = torch.ops.spion_ds.block_sparse_attention_bwd.default

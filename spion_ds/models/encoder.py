@@ -126,8 +126,8 @@ class EncoderLayer(nn.Module):
         padding_mask: Tensor,
         keys: Tensor | None,
         rotation: Tensor | None = None,
-    ) -> Tensor:
-        """Return (B, L, E).
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return (B, L, E), and queries and keys, (B, H, L, D) each, if a pattern learns from them.
 
         Args:
             x_BLE: (B, L, E).
@@ -142,12 +142,11 @@ class EncoderLayer(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.pattern is not None and self.pattern.watching:
-            self.pattern.observe(q, k, padding_mask)
         attended = self.attention(q, k, v, padding_mask, None if keys is None else keys[0])
         x_BLE = x_BLE + drop(self.projection(attended.transpose(1, 2).flatten(2)), 1)
         hidden = drop(nn.functional.gelu(self.ffn_in(self.ffn_norm(x_BLE))), 2)
-        return x_BLE + drop(self.ffn_out(hidden), 3)
+        learning = self.training and self.pattern is not None and self.pattern.learning
+        return x_BLE + drop(self.ffn_out(hidden), 3), (q, k) if learning else None
 
 
 class AttentionPooling(nn.Module):
@@ -315,8 +314,6 @@ class EncoderClassifier(nn.Module):
         """
         shape = input_ids.shape
         keys = dropout_keys if self.training else None
-        # A pass that guesses tokens gives no pattern loss.
-        learning = [] if guess_tokens else self._watched_patterns()
         input_ids, padding_mask = self.seen_by_attention(input_ids, padding_mask)
         if keys is not None and self.documents > 1:
             document = torch.arange(self.documents, dtype=torch.int32, device=keys.device)
@@ -330,20 +327,24 @@ class EncoderClassifier(nn.Module):
         else:
             x = x + self.position_embedding(torch.arange(length, device=device))
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
+        pattern_losses = []
         for index, layer in enumerate(self.layers):
             first = 1 + _PLACES_A_LAYER * index
             inputs = (x, padding_mask, None if keys is None else keys[first : first + 4], rotation)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 # Dropout is counter-based: there is no random state to restore.
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, seen = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*inputs)
+                x, seen = layer(*inputs)
+            # A pass that guesses tokens gives no pattern loss.
+            if seen is not None and not guess_tokens:
+                # Outside of the checkpoint, which would make the map twice.
+                pattern_losses.append(layer.pattern(*seen, padding_mask))  # type: ignore[operator]
         x = self.norm(x)
         if guess_tokens:
             return self.token_head(x).view(*shape, -1)
-        if learning:
-            losses = torch.stack([pattern() for pattern in learning])
-            self._pattern_loss = self._pattern_weight * losses.sum()
+        if pattern_losses:
+            self._pattern_loss = self._pattern_weight * torch.stack(pattern_losses).sum()
         pooled = self._pool(x, padding_mask)
         if self.names_subexpressions:
             return self.classifier(torch.cat([pooled[:, None], x[:, 1:]], dim=1))
@@ -375,13 +376,6 @@ class EncoderClassifier(nn.Module):
         opens = (input_ids >= first) & (input_ids <= last)
         around = opens.long().cumsum(1) - (input_ids == close).long().cumsum(1)
         return (around - opens.long()).clamp(0, self.config.nesting_levels - 1)
-
-    def _watched_patterns(self) -> list[LearnedPattern]:
-        """Return the patterns that learn from the pass that begins, and tell them to watch it."""
-        learning = [p for p in self.patterns if p.learning] if self.training else []
-        for pattern in learning:
-            pattern.watching = True
-        return learning
 
     def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
         if self.config.pooling == "mean":

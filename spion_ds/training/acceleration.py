@@ -19,7 +19,9 @@ class AcceleratedForward:
 
     Args:
         model: the module that trains, already on its device; its parameters stay as they are.
-        compile: whether TorchInductor compiles it; it does so at the first step of each phase.
+        compile: whether TorchInductor compiles it; it does so at the first step of each phase,
+            and as one graph if ``SparseSelfAttention.prepare`` of each layer came before. (With
+            the torch backend, that of no usual case, the graph breaks at each attention.)
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
             replayed from then on. Shapes must then stay the same. A phase in which the model has
             a loss of its own beside its output (learned patterns) is not captured.
@@ -37,6 +39,8 @@ class AcceleratedForward:
         self.model, self.cuda_graph = model, cuda_graph
         self._compiled: Forward | None = None
         if compile:
+            # What this process compiled for other models counts towards a limit of eight.
+            torch.compiler.reset()
             self._compiled = torch.compile(_Own(model), dynamic=False, backend=backend)
         self._forward = self._compiled
         self._captured: str | None = None  # the phase that the graph is of

@@ -41,8 +41,7 @@ def test_loss_and_gradient_are_those_of_the_definition(padded, device):
     pattern = LearnedPattern(BLOCKS, HEAD_DIM, BLOCK).to(device)
     q, k, real = queries_and_keys(device)
     real = real if padded else None
-    pattern.observe(q, k, real)
-    loss = pattern()
+    loss = pattern(q, k, real)
     loss.backward()
     weight = pattern.weight.detach().clone().requires_grad_()
     expected, pooled = published_loss(weight, q, k, real)
@@ -62,20 +61,9 @@ def test_micro_batches_average_to_the_whole_batch(device):
     for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
         pattern.weight.grad = None
         for part in parts:
-            pattern.observe(q[part], k[part], real[part])
-            (pattern() / len(parts)).backward()
+            (pattern(q[part], k[part], real[part]) / len(parts)).backward()
         gradients.append(pattern.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
-
-
-def test_a_pass_is_seen_once(device):
-    pattern = LearnedPattern(BLOCKS, HEAD_DIM, BLOCK).to(device)
-    pattern.watching = True
-    pattern.observe(*queries_and_keys(device))
-    assert not pattern.watching
-    pattern()
-    with pytest.raises(AssertionError, match="nothing was observed"):
-        pattern()
 
 
 def test_weights_start_uniform_and_freeze_without_leaving_the_state_dict():
@@ -94,4 +82,4 @@ def test_another_length_is_an_error_that_says_what_to_do():
     pattern = LearnedPattern(BLOCKS, HEAD_DIM, BLOCK)
     q = torch.randn(1, 1, 20, HEAD_DIM)
     with pytest.raises(ConfigError, match="20 tokens, and the pattern is learned for 3 blocks of"):
-        pattern.observe(q, q, None)
+        pattern(q, q, None)

@@ -97,6 +97,46 @@ def test_another_layout_is_not_traced_again(qkv, device):
     assert len(traced) == 2  # one of the dense phase, one of the sparse
 
 
+def test_compiled_attention_reads_and_writes_where_eager_attention_does(device, monkeypatch):
+    """Inductor puts no copies around the operators."""
+    from spion_ds.attention import triton_backend
+
+    layout, options, seen = layout_of(device), options_of(device), []
+
+    def spy(name: str) -> None:
+        original = getattr(triton_backend, name)
+
+        def run(*args):
+            tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim() == 4]
+            given = [x.untyped_storage().data_ptr() for x in tensors]
+            results = original(*args)
+            strides = [x.stride() for x in (*tensors, *results)]
+            shared = [given.index(pointer) for pointer in given]
+            seen.append((name, strides, shared))
+            return results
+
+        monkeypatch.setattr(triton_backend, name, run)
+
+    spy("_forward")
+    spy("_backward")
+    torch.manual_seed(0)
+    x = torch.randn(2, LENGTH, 32, device=device, requires_grad=True)
+    into, out_of = (torch.nn.Linear(32, width).to(device) for width in (96, 32))
+
+    def attend(x):
+        qkv = into(x).unflatten(-1, (3, 2, HEAD_DIM))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=2))
+        out = block_sparse_attention(q, k, v, layout, backend="triton", **options)
+        return out_of(out.transpose(1, 2).flatten(2))
+
+    for function in (attend, torch.compile(attend, fullgraph=True)):
+        function(x).sum().backward()
+    (*eager,), (*compiled,) = seen[:2], seen[2:]
+    assert compiled == eager
+    # q, k and v are views of one projection, in the backward pass too.
+    assert [shared[:4] for _, _, shared in eager] == [[0, 0, 0], [0, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_bits(reentrant, qkv, device):
     layout = layout_of(device)

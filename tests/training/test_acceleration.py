@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,15 @@ LENGTH = 64
 _SPION = SparseAttentionConfig(block=16)
 
 
+_SIZES = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
+
+
 def tiny_model(
-    device: torch.device, sparse_attention: AttentionConfig = _SPION
+    device: torch.device,
+    sparse_attention: AttentionConfig = _SPION,
+    config: ModelConfig = _SIZES,
 ) -> EncoderClassifier:
     torch.manual_seed(0)
-    config = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
     return EncoderClassifier(config, sparse_attention, 17, 10, LENGTH).to(device)
 
 
@@ -53,7 +58,7 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
             mask[:, 1] = True
             set_masks(model, [mask, mask])
         for attention in model.attentions:
-            attention.layout(LENGTH, inputs[0].device)
+            attention.prepare(LENGTH, inputs[0].device)
         with forward.step(number >= 3, tuple(inputs)):
             loss = F.cross_entropy(model(*inputs), labels)
         pattern_loss = model.take_pattern_loss()
@@ -64,9 +69,20 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        evaluate(model, *inputs[:2])
         # What holds the graph of an earlier step holds its stream, which a capture must not meet.
         del loss, pattern_loss
     return losses
+
+
+def evaluate(model: EncoderClassifier, ids: torch.Tensor, real: torch.Tensor) -> None:
+    """Run the model's own forward as evaluation does; a dense model at another length too."""
+    model.eval()
+    with torch.no_grad():
+        model(ids, real)
+        if model.attentions[0].sparsity_config.pattern is None:
+            model(ids[:, :20], real[:, :20])
+    model.train()
 
 
 def losses_with(
@@ -88,6 +104,37 @@ def test_compiled_steps_have_the_losses_of_plain_steps() -> None:
     compiled = losses_with(device, compile=True, cuda_graph=False, backend="aot_eager")
     # The same operators, decomposed: float32 rounding, amplified by six optimizer steps.
     assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [
+        (_SPION, {}),
+        (_SPION, {"attention_dropout": 0.0}),
+        (_SPION, {"activation_checkpointing": True, "positions": "rotary"}),
+        (SatAttentionConfig(block=16), {}),
+        (SatAttentionConfig(block=16), {"activation_checkpointing": True}),
+    ],
+    ids=["spion", "no attention dropout", "checkpointing", "sat", "sat, checkpointing"],
+)
+def test_each_phase_is_compiled_once_and_whole(mode: AttentionConfig, change: dict) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    device = torch.device("cpu")
+    model = tiny_model(device, mode, replace(_SIZES, **change))
+    train(
+        model,
+        batches(model, device),
+        AcceleratedForward(model, compile=True, cuda_graph=False, backend=backend),
+    )
+    assert len(graphs) == 2  # more after a break, fewer if the pass is given up at one
+    for graph in graphs:
+        embedded = [node for node in graph.graph.nodes if "embedding" in str(node.target)]
+        assert embedded, "the graph does not begin where the pass begins"
 
 
 @pytest.mark.gpu

@@ -67,6 +67,12 @@ def test_compiled_steps_train_through_the_switch(tmp_path: Path) -> None:
     for name in ("compiled", "both"):
         run = tmp_path / "runs" / name
         assert digest(run) == digest(plain)
+        assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
         # Fused kernels round otherwise; equal bits would mean that nothing was compiled.
-        assert losses(run) == pytest.approx(losses(plain), rel=1e-3)
-        assert losses(run) != losses(plain)
+        assert every_loss(run) != every_loss(plain)
+
+
+def every_loss(run: Path) -> list[float]:
+    """Return the losses of training and evaluation; a few of them alone may agree bit by bit."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
