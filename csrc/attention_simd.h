@@ -104,8 +104,7 @@ SPION_DS_INLINE Floats exp2_of_negative(Floats x) {
 }
 
 // The hash of spion_ds/attention/dropout.py.
-template <class Word>
-SPION_DS_INLINE Word mix(Word x) {
+SPION_DS_INLINE uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -120,8 +119,17 @@ SPION_DS_INLINE uint32_t combine(uint32_t key, uint32_t counter) {
   return mix(key + (counter + 1) * kStride);
 }
 
-SPION_DS_INLINE Words combine(Words key, Words counter) {
-  return mix(key + (counter + 1) * kStride);
+// What its keep_mask takes of a row's key and of a column, and what it makes of the two.
+SPION_DS_INLINE uint32_t row_multiplier(uint32_t row_key) { return row_key * 0x846ca68bu | 1u; }
+
+SPION_DS_INLINE uint32_t column_word(uint32_t column) {
+  return column * (column * 0xb7e15162u + kStride);
+}
+
+// All ones in the lanes that dropout keeps.
+SPION_DS_INLINE Ints dropout_keeps(int32_t threshold, Words row_keys, Words row_multipliers,
+                                   Words column_words) {
+  return bits<Ints>((row_keys ^ column_words) * row_multipliers) >= threshold;
 }
 
 }  // namespace

@@ -5,7 +5,9 @@ model) and on the element's coordinates, never on a generator's state. So a mask
 again in the backward pass instead of being stored, is the same on every device and in every
 backend, and does not depend on how a batch is split over ranks and micro-batches.
 
-The hash is a 32-bit xor-shift-multiply finaliser, in wrapping int32 arithmetic.
+Keys (of samples, heads, rows) come from a 32-bit xor-shift-multiply finaliser, ``mix``. Within a
+row three instructions decide an element: it is one product of the row's key and the column, both
+stirred, each row having a multiplier of its own (``keep_mask``). All arithmetic is wrapping int32.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import Tensor
 _MULTIPLY_1 = 0x7FEB352D
 _MULTIPLY_2 = 0x846CA68B - 2**32
 STRIDE = 0x9E3779B9 - 2**32
-_RESOLUTION = 24
+# Even, so that the columns' words are a permutation of the columns: the digits of e after its 2.
+CURVATURE = 0xB7E15162 - 2**32
+ROW_MULTIPLY = _MULTIPLY_2
 
 # Triton is imported only where it is used.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -65,20 +69,32 @@ def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:
 
 
 def keep_threshold(p: float) -> int:
-    """Return t such that an element is kept when the top 24 bits of its hash are >= t."""
-    return round(p * 2**_RESOLUTION)
+    """Return t, an int32, such that an element is kept when its bits, signed, are >= t.
+
+    The probability of dropping is then within 2^-32 of ``p``; it is never 1.
+    """
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
     """Return which elements are kept, bool of the broadcast shape of the two arguments.
+
+    bits = (row_key ^ word) · (row_key · 0x846ca68b | 1) with
+    word = column · (column · 0xb7e15162 + 0x9e3779b9); kept when bits, signed, >= threshold.
+
+    The multiplier is the row's own, so two rows do not walk through one sequence; the words bend,
+    so the differences along a row do not repeat; the xor keeps sums of words from carrying over to
+    sums of bits. docs/attention.md has what fails without each of them.
 
     Args:
         row_keys: int32 key of each row of elements.
         columns: int32 coordinate of each element in its row.
         p: probability of dropping.
     """
-    bits = combine(row_keys, columns)
-    return ((bits >> 8) & 0xFFFFFF) >= keep_threshold(p)
+    column = columns.to(torch.int32)
+    bits = row_keys ^ (column * (column * CURVATURE + STRIDE))
+    bits *= row_keys * ROW_MULTIPLY | 1
+    return bits >= keep_threshold(p)
 
 
 def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spion_ds.attention.dropout import STRIDE, keep_threshold
+from spion_ds.attention.dropout import CURVATURE, ROW_MULTIPLY, STRIDE, keep_threshold
 
-# The multiplier of the counters in dropout.combine, as uint32.
+# The constants of dropout.combine and dropout.keep_mask, as uint32.
 _STRIDE = tl.constexpr(STRIDE % 2**32)
+_CURVATURE = tl.constexpr(CURVATURE % 2**32)
+_ROW_MULTIPLY = tl.constexpr(ROW_MULTIPLY % 2**32)
 _ELEMENTS = 1024
 
 
@@ -71,8 +73,14 @@ def dropout_kernel(
 
 @triton.jit
 def kept(row_keys: tl.tensor, columns: tl.tensor, threshold: tl.tensor) -> tl.tensor:
-    """Return dropout.keep_mask: the top 24 bits of the hash are at least the threshold."""
-    return (combine(row_keys, columns) >> 8).to(tl.int32) >= threshold
+    """Return dropout.keep_mask: the element's bits, signed, are at least the threshold.
+
+    What belongs to a row or to a column alone is computed before the two meet.
+    """
+    columns = columns.to(tl.uint32)
+    words = columns * (columns * _CURVATURE + _STRIDE)
+    bits = (row_keys ^ words) * (row_keys * _ROW_MULTIPLY | 1)
+    return bits.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit

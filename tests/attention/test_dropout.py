@@ -36,8 +36,11 @@ def combined(key: int, *counters: int) -> int:
 
 
 def kept(key: int, row: int, column: int, p: float) -> bool:
-    """Whether element ``column`` of row ``row`` stays: by the top 24 bits of its hash."""
-    return combined(key, row, column) >> 8 >= round(p * 2**24)
+    """Whether element ``column`` of row ``row`` stays, by the documented bits."""
+    row_key = combined(key, row)
+    word = column * (column * 0xB7E15162 + 0x9E3779B9) % WORD
+    bits = (row_key ^ word) * (row_key * 0x846CA68B | 1) % WORD
+    return (bits ^ 2**31) >= round(p * WORD)  # in the order of signed words
 
 
 def signed(words: list[int]) -> Tensor:
