@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spion_ds.attention.dropout import CURVATURE, ROW_MULTIPLY, STRIDE, keep_threshold
+from spion_ds.attention.dropout import MULTIPLY_1, MULTIPLY_2, STRIDE, keep_threshold
 
 # The constants of dropout.combine and dropout.keep_mask, as uint32.
 _STRIDE = tl.constexpr(STRIDE % 2**32)
-_CURVATURE = tl.constexpr(CURVATURE % 2**32)
-_ROW_MULTIPLY = tl.constexpr(ROW_MULTIPLY % 2**32)
+_MULTIPLY_1 = tl.constexpr(MULTIPLY_1 % 2**32)
+_MULTIPLY_2 = tl.constexpr(MULTIPLY_2 % 2**32)
 _ELEMENTS = 1024
 
 
@@ -77,9 +77,9 @@ def kept(row_keys: tl.tensor, columns: tl.tensor, threshold: tl.tensor) -> tl.te
 
     What belongs to a row or to a column alone is computed before the two meet.
     """
-    columns = columns.to(tl.uint32)
-    words = columns * (columns * _CURVATURE + _STRIDE)
-    bits = (row_keys ^ words) * (row_keys * _ROW_MULTIPLY | 1)
+    words = (columns.to(tl.uint32) + 1) * _STRIDE
+    words = (words ^ (words >> 16)) * _MULTIPLY_1
+    bits = (row_keys ^ words) * (row_keys * _MULTIPLY_2 | 1)
     return bits.to(tl.int32, bitcast=True) >= threshold
 
 
@@ -88,8 +88,8 @@ def combine(key: tl.tensor, counter: tl.tensor) -> tl.tensor:
     """Return dropout.combine in uint32: mix(key + (counter + 1) · stride)."""
     x = key + (counter.to(tl.uint32) + 1) * _STRIDE
     x ^= x >> 16
-    x *= 0x7FEB352D
+    x *= _MULTIPLY_1
     x ^= x >> 15
-    x *= 0x846CA68B
+    x *= _MULTIPLY_2
     x ^= x >> 16
     return x
