@@ -38,7 +38,7 @@ struct EntryRules {
         masked(p.causal || p.real != nullptr) {}
 
   float scale, scale_log2, dropout_scale;
-  uint32_t dropout_threshold;
+  int32_t dropout_threshold;
   bool dropout, causal, masked;
 };
 
@@ -50,12 +50,13 @@ struct Entries {
 
 SPION_DS_INLINE Entries entries_of(const EntryRules& rules, Floats score, Floats grad_prob,
                                    Floats negative_lse2, Floats delta, Ints allowed,
-                                   Words row_keys, Words columns) {
+                                   Words row_keys, Words row_multipliers, Words column_words) {
   Floats prob = exp2_of_negative(multiply_add(score, all(rules.scale_log2), negative_lse2));
   if (rules.masked) prob = allowed ? prob : Floats{};
   Floats dropped = prob;
   if (rules.dropout) {
-    const Ints keep = dropout_keeps(rules.dropout_threshold, row_keys, columns);
+    const Ints keep =
+        dropout_keeps(rules.dropout_threshold, row_keys, row_multipliers, column_words);
     dropped = keep ? prob * rules.dropout_scale : Floats{};
     grad_prob = keep ? grad_prob * rules.dropout_scale : Floats{};
   }
@@ -69,7 +70,7 @@ inline void query_lane_gradients(const Problem& p, int64_t b, const QueryLanes& 
   const EntryRules rules(p);
   for (int64_t j = 0; j < keys.count; ++j) {
     const int64_t key = keys.first + j;
-    const Words column = Words{} + static_cast<uint32_t>(key);
+    const Words word = Words{} + column_word(static_cast<uint32_t>(key));
     const Ints real = Ints{} - (is_real(p, b, key) ? 1 : 0);
     for (int64_t i = 0; i < width; i += kLanes) {
       Ints allowed = real;
@@ -80,7 +81,8 @@ inline void query_lane_gradients(const Problem& p, int64_t b, const QueryLanes& 
       const int64_t at = j * width + i;
       const Entries entries =
           entries_of(rules, load(scores + at), load(grad_probs + at), load(lanes.negative_lse2 + i),
-                     load(lanes.delta + i), allowed, load_as<Words>(lanes.keys + i), column);
+                     load(lanes.delta + i), allowed, load_as<Words>(lanes.keys + i),
+                     load_as<Words>(lanes.multipliers + i), word);
       store(grad_probs + at, entries.grad_score);
     }
   }
@@ -121,13 +123,14 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
 // unscaled scores. real: (width) -1 for a real key, else 0.
 inline void key_lane_gradients(const Problem& p, int64_t b, int64_t h, const Piece& queries,
                                const Piece& keys, int64_t width, const int32_t* real,
-                               float* scores, float* grad_probs) {
+                               const uint32_t* column_words, float* scores, float* grad_probs) {
   const EntryRules rules(p);
   const int64_t row = (b * p.heads + h) * p.queries + queries.first;
   for (int64_t i = 0; i < queries.count; ++i) {
     const int32_t query = static_cast<int32_t>(queries.first + i);
-    const Words row_keys =
-        Words{} + (rules.dropout ? row_key(p, b, h, queries.first + i) : 0u);
+    const uint32_t own_key = rules.dropout ? row_key(p, b, h, queries.first + i) : 0u;
+    const Words row_keys = Words{} + own_key;
+    const Words multipliers = Words{} + row_multiplier(own_key);
     const Floats negative_lse2 = all(-p.lse[row + i] * kLog2e);
     const Floats delta = all(p.delta[row + i]);
     for (int64_t j = 0; j < width; j += kLanes) {
@@ -136,7 +139,8 @@ inline void key_lane_gradients(const Problem& p, int64_t b, int64_t h, const Pie
       if (rules.causal) allowed &= key <= query;
       const int64_t at = i * width + j;
       const Entries entries = entries_of(rules, load(scores + at), load(grad_probs + at), negative_lse2,
-                                         delta, allowed, row_keys, bits<Words>(key));
+                                         delta, allowed, row_keys, multipliers,
+                                         load_as<Words>(column_words + j));
       store(scores + at, entries.dropped);
       store(grad_probs + at, entries.grad_score);
     }
@@ -150,6 +154,8 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
   const bool visible = has_real_key(p, b, column);
   for_pieces(column, p.block, p.keys, [&](const Piece& keys) {
     const int64_t width = round_up(keys.count, kLanes);
+    uint32_t column_words[kPiece];
+    fill_column_words(keys, column_words);
     int32_t real[kPiece];
     for (int64_t j = 0; j < width; ++j) {
       real[j] = j < keys.count && is_real(p, b, keys.first + j) ? -1 : 0;
@@ -171,7 +177,8 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
                                  width, w.tile[0], width);
           multiply<false, false>(queries.count, width, p.head_dim, grad.data, grad.stride,
                                  w.owner[1], width, w.tile[1], width);
-          key_lane_gradients(p, b, h, queries, keys, width, real, w.tile[0], w.tile[1]);
+          key_lane_gradients(p, b, h, queries, keys, width, real, column_words, w.tile[0],
+                             w.tile[1]);
           multiply<true, true>(p.head_dim, width, queries.count, grad.data, grad.stride, w.tile[0],
                                width, w.sum[1], width);
           multiply<true, true>(p.head_dim, width, queries.count, q.data, q.stride, w.tile[1], width,

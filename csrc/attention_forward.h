@@ -40,19 +40,22 @@ SPION_DS_INLINE Floats column_maximum(const float* values, int64_t rows, int64_t
 inline void update_softmax(const Problem& p, const QueryLanes& lanes, const Piece& keys,
                            int64_t width, float* scores, float* top, float* total, float* sum) {
   const bool dropout = p.dropout_key != nullptr;
-  const uint32_t threshold = p.dropout_threshold;
+  const int32_t threshold = p.dropout_threshold;
+  uint32_t column_words[kPiece];
+  if (dropout) fill_column_words(keys, column_words);
   for (int64_t i = 0; i < width; i += kLanes) {
     const Floats old_top = load(top + i);
     const Floats new_top = maximum(old_top, column_maximum(scores + i, keys.count, width));
     const Floats shrink = exp2_of_negative(old_top - new_top);
     const Words row_keys = load_as<Words>(lanes.keys + i);
+    const Words multipliers = load_as<Words>(lanes.multipliers + i);
     Floats added = {};
     for (int64_t j = 0; j < keys.count; ++j) {
       Floats weight = exp2_of_negative(load(scores + j * width + i) - new_top);
       added += weight;
       if (dropout) {
-        const Words column = Words{} + static_cast<uint32_t>(keys.first + j);
-        weight = dropout_keeps(threshold, row_keys, column) ? weight : Floats{};
+        const Words word = Words{} + column_words[j];
+        weight = dropout_keeps(threshold, row_keys, multipliers, word) ? weight : Floats{};
       }
       store(scores + j * width + i, weight);
     }

@@ -35,7 +35,7 @@ struct Problem {
   const int32_t* seen;  // (batch, keys + 1) how many real keys come before each; null as well
 
   const int32_t* dropout_key;  // (batch,); null: no dropout
-  uint32_t dropout_threshold;  // keep when the top 24 bits of the hash are >= it
+  int32_t dropout_threshold;   // keep when the bits are >= it
   float dropout_scale;         // 1 / (1 - p), or 1
 
   Tokens q, k, v, out, grad, dq, dk, dv;

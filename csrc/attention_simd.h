@@ -104,24 +104,35 @@ SPION_DS_INLINE Floats exp2_of_negative(Floats x) {
 }
 
 // The hash of spion_ds/attention/dropout.py.
-template <class Word>
-SPION_DS_INLINE Word mix(Word x) {
+constexpr uint32_t kMultiply1 = 0x7feb352du;
+constexpr uint32_t kMultiply2 = 0x846ca68bu;
+constexpr uint32_t kStride = 0x9e3779b9u;
+
+SPION_DS_INLINE uint32_t mix(uint32_t x) {
   x ^= x >> 16;
-  x *= 0x7feb352du;
+  x *= kMultiply1;
   x ^= x >> 15;
-  x *= 0x846ca68bu;
+  x *= kMultiply2;
   x ^= x >> 16;
   return x;
 }
-
-constexpr uint32_t kStride = 0x9e3779b9u;
 
 SPION_DS_INLINE uint32_t combine(uint32_t key, uint32_t counter) {
   return mix(key + (counter + 1) * kStride);
 }
 
-SPION_DS_INLINE Words combine(Words key, Words counter) {
-  return mix(key + (counter + 1) * kStride);
+// What its keep_mask takes of a row's key and of a column, and what it makes of the two.
+SPION_DS_INLINE uint32_t row_multiplier(uint32_t row_key) { return (row_key * kMultiply2) | 1u; }
+
+SPION_DS_INLINE uint32_t column_word(uint32_t column) {
+  const uint32_t word = (column + 1) * kStride;
+  return (word ^ (word >> 16)) * kMultiply1;
+}
+
+// All ones in the lanes that dropout keeps.
+SPION_DS_INLINE Ints dropout_keeps(int32_t threshold, Words row_keys, Words row_multipliers,
+                                   Words column_words) {
+  return bits<Ints>((row_keys ^ column_words) * row_multipliers) >= threshold;
 }
 
 }  // namespace

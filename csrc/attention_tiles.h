@@ -103,9 +103,9 @@ inline uint32_t row_key(const Problem& p, int64_t b, int64_t h, int64_t query) {
   return combine(combine(sample, static_cast<uint32_t>(h)), static_cast<uint32_t>(query));
 }
 
-// All ones in the lanes that dropout keeps.
-SPION_DS_INLINE Ints dropout_keeps(uint32_t threshold, Words row_keys, Words columns) {
-  return (combine(row_keys, columns) >> 8) >= threshold;
+// The words of a piece's columns; past the piece they are nobody's.
+SPION_DS_INLINE void fill_column_words(const Piece& keys, uint32_t (&words)[kPiece]) {
+  for (int64_t j = 0; j < kPiece; ++j) words[j] = column_word(static_cast<uint32_t>(keys.first + j));
 }
 
 // What the lanes of a piece of queries need besides their values.
@@ -115,13 +115,15 @@ struct QueryLanes {
     for (int64_t i = 0; i < width; ++i) {
       const bool there = i < queries.count;
       keys[i] = there && p.dropout_key != nullptr ? row_key(p, b, h, queries.first + i) : 0;
+      multipliers[i] = row_multiplier(keys[i]);
       // A lane past the last query acts as a row that keeps nothing.
       negative_lse2[i] = there && p.grad.data != nullptr ? -p.lse[row + i] * kLog2e : -kInfinity;
       delta[i] = there && p.grad.data != nullptr ? p.delta[row + i] : 0.0f;
     }
   }
 
-  uint32_t keys[kPiece];
+  uint32_t keys[kPiece];  // of dropout
+  uint32_t multipliers[kPiece];
   float negative_lse2[kPiece];
   float delta[kPiece];
 };

@@ -39,6 +39,13 @@ struct Settings {
   double dropout_p;
 };
 
+// keep_threshold of spion_ds/attention/dropout.py.
+int32_t keep_threshold(double p) {
+  // nearbyint rounds ties to even, as Python's round does.
+  const double words = std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0);
+  return static_cast<int32_t>(static_cast<int64_t>(words) - (int64_t{1} << 31));
+}
+
 // Throws unless pointers (heads, blocks + 1) and indices describe blocks of a layout that exist.
 void check_index(const char* name, const Tensor& pointers, const Tensor& indices, int64_t heads,
                  int64_t blocks, int64_t partners) {
@@ -125,9 +132,7 @@ struct Call {
     if (settings.dropout_p > 0.0) {
       dropout_key = dropout_key_in->contiguous();
       problem.dropout_key = dropout_key.const_data_ptr<int32_t>();
-      // nearbyint rounds ties to even, as Python's round does.
-      problem.dropout_threshold =
-          static_cast<uint32_t>(std::nearbyint(std::ldexp(settings.dropout_p, 24)));
+      problem.dropout_threshold = keep_threshold(settings.dropout_p);
     }
   }
 

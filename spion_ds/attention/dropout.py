@@ -5,7 +5,9 @@ model) and on the element's coordinates, never on a generator's state. So a mask
 again in the backward pass instead of being stored, is the same on every device and in every
 backend, and does not depend on how a batch is split over ranks and micro-batches.
 
-The hash is a 32-bit xor-shift-multiply finaliser, in wrapping int32 arithmetic.
+Keys (of samples, heads, rows) come from a 32-bit xor-shift-multiply finaliser, ``mix``. An element
+costs three instructions more: xor, product and comparison of what its row and its column have
+prepared (``keep_mask``). All arithmetic wraps in int32.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ import torch
 from torch import Tensor
 
 # Odd constants; as signed int32 they wrap the same way as uint32.
-_MULTIPLY_1 = 0x7FEB352D
-_MULTIPLY_2 = 0x846CA68B - 2**32
+MULTIPLY_1 = 0x7FEB352D
+MULTIPLY_2 = 0x846CA68B - 2**32
 STRIDE = 0x9E3779B9 - 2**32
-_RESOLUTION = 24
 
 # Triton is imported only where it is used.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -32,9 +33,9 @@ def mix(x: Tensor) -> Tensor:
     with logical shifts on 32 bits.
     """
     x ^= (x >> 16) & 0xFFFF
-    x *= _MULTIPLY_1
+    x *= MULTIPLY_1
     x ^= (x >> 15) & 0x1FFFF
-    x *= _MULTIPLY_2
+    x *= MULTIPLY_2
     x ^= (x >> 16) & 0xFFFF
     return x
 
@@ -78,20 +79,33 @@ def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:
 
 
 def keep_threshold(p: float) -> int:
-    """Return t such that an element is kept when the top 24 bits of its hash are >= t."""
-    return round(p * 2**_RESOLUTION)
+    """Return t, an int32, such that an element is kept when its bits, signed, are >= t.
+
+    The probability of dropping is then within 2^-32 of ``p``; it is never 1.
+    """
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
     """Return which elements are kept, bool of the broadcast shape of the two arguments.
+
+    bits = (row_key ^ word) · (row_key · 0x846ca68b | 1), kept when bits, signed, >= threshold;
+    word = (u ^ u >> 16) · 0x7feb352d with u = (column + 1) · stride and a logical shift.
+
+    The multiplier is the row's own, so two rows do not walk through one sequence. The words have
+    no pattern of differences that a product would keep, and the xor breaks sums of them. What
+    fails without each is in docs/attention.md.
 
     Args:
         row_keys: int32 key of each row of elements.
         columns: int32 coordinate of each element in its row.
         p: probability of dropping.
     """
-    bits = combine(row_keys, columns)
-    return ((bits >> 8) & 0xFFFFFF) >= keep_threshold(p)
+    word = (columns.to(torch.int32) + 1) * STRIDE
+    word = (word ^ ((word >> 16) & 0xFFFF)) * MULTIPLY_1
+    bits = row_keys ^ word
+    bits *= row_keys * MULTIPLY_2 | 1
+    return bits >= keep_threshold(p)
 
 
 def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:

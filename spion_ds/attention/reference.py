@@ -77,7 +77,7 @@ def valid_entries(
 def attention_keep_mask(dropout_key: Tensor, shape: torch.Size, p: float) -> Tensor:
     """Return which probabilities dropout keeps, bool (B, H, L, M).
 
-    The hash of entry (b, h, i, j) is combine(combine(combine(dropout_key[b], h), i), j).
+    The key of row (b, h, i) is combine(combine(dropout_key[b], h), i), its columns are j.
     """
     _, heads, queries, keys = shape
     device = dropout_key.device

@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spion_ds.attention.dropout import STRIDE, keep_threshold
+from spion_ds.attention.dropout import MULTIPLY_1, MULTIPLY_2, STRIDE, keep_threshold
 
-# The multiplier of the counters in dropout.combine, as uint32.
+# The constants of dropout.combine and dropout.keep_mask, as uint32.
 _STRIDE = tl.constexpr(STRIDE % 2**32)
+_MULTIPLY_1 = tl.constexpr(MULTIPLY_1 % 2**32)
+_MULTIPLY_2 = tl.constexpr(MULTIPLY_2 % 2**32)
 _ELEMENTS = 1024
 
 
@@ -71,8 +73,14 @@ def dropout_kernel(
 
 @triton.jit
 def kept(row_keys: tl.tensor, columns: tl.tensor, threshold: tl.tensor) -> tl.tensor:
-    """Return dropout.keep_mask: the top 24 bits of the hash are at least the threshold."""
-    return (combine(row_keys, columns) >> 8).to(tl.int32) >= threshold
+    """Return dropout.keep_mask: the element's bits, signed, are at least the threshold.
+
+    What belongs to a row or to a column alone is computed before the two meet.
+    """
+    words = (columns.to(tl.uint32) + 1) * _STRIDE
+    words = (words ^ (words >> 16)) * _MULTIPLY_1
+    bits = (row_keys ^ words) * (row_keys * _MULTIPLY_2 | 1)
+    return bits.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit
@@ -80,8 +88,8 @@ def combine(key: tl.tensor, counter: tl.tensor) -> tl.tensor:
     """Return dropout.combine in uint32: mix(key + (counter + 1) · stride)."""
     x = key + (counter.to(tl.uint32) + 1) * _STRIDE
     x ^= x >> 16
-    x *= 0x7FEB352D
+    x *= _MULTIPLY_1
     x ^= x >> 15
-    x *= 0x846CA68B
+    x *= _MULTIPLY_2
     x ^= x >> 16
     return x

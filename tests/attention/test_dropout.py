@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
-from spion_ds.attention.dropout import combine, dropout, keep_mask, mix, sample_keys
+from spion_ds.attention.dropout import (
+    combine,
+    dropout,
+    keep_mask,
+    keep_threshold,
+    mix,
+    sample_keys,
+)
 
 from .cases import BACKENDS, DTYPES, needs_gpu, needs_triton
 
@@ -36,8 +43,12 @@ def combined(key: int, *counters: int) -> int:
 
 
 def kept(key: int, row: int, column: int, p: float) -> bool:
-    """Whether element ``column`` of row ``row`` stays: by the top 24 bits of its hash."""
-    return combined(key, row, column) >> 8 >= round(p * 2**24)
+    """Whether element ``column`` of row ``row`` stays, by the documented bits."""
+    row_key = combined(key, row)
+    word = (column + 1) * 0x9E3779B9 % WORD
+    word = (word ^ (word >> 16)) * 0x7FEB352D % WORD
+    bits = (row_key ^ word) * (row_key * 0x846CA68B | 1) % WORD
+    return (bits ^ 2**31) >= min(round(p * WORD), WORD - 1)  # in the order of signed words
 
 
 def signed(words: list[int]) -> Tensor:
@@ -103,11 +114,19 @@ def test_no_two_samples_steps_places_or_seeds_share_a_key():
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_keep_mask_compares_the_top_24_bits_with_the_probability(p):
-    row_keys, columns = combine(signed([7, 99]), 0)[:, None], torch.arange(50)
-    expected = [[kept(key, 0, column, p) for column in range(50)] for key in (7, 99)]
-    assert keep_mask(row_keys, columns, p).tolist() == expected
+@pytest.mark.parametrize("p", [1e-12, 0.1, 0.5, 0.9, 1 - 1e-12])
+def test_keep_mask_is_the_documented_formula(p):
+    row_keys, columns = combine(signed([7, 99]), 0)[:, None], [*range(50), 2**31 - 1]
+    expected = [[kept(key, 0, column, p) for column in columns] for key in (7, 99)]
+    assert keep_mask(row_keys, torch.tensor(columns), p).tolist() == expected
+
+
+def test_thresholds_are_int32_and_give_p_to_2_to_the_minus_32():
+    for p in (0.0, 1e-12, 2**-32, 0.001, 0.1, 0.5, 0.9, 1 - 2**-32, 1 - 1e-12):
+        threshold = keep_threshold(p)
+        assert -(2**31) <= threshold < 2**31
+        # As many of the 2^32 words are below the threshold as are dropped.
+        assert abs((threshold + 2**31) / WORD - p) <= 2**-32
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 3, 5), (3, 2, 4, 6), (1, 1)])
@@ -134,7 +153,7 @@ def test_kept_elements_are_scaled_and_dropped_ones_are_zero(device):
     assert dropout(x, 0.0, signed([1, 2, 3]).to(device)) is x
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9])
 def test_keep_rates_are_binomial(p, device):
     samples, rows, columns = 8, 256, 512
     keys = sample_keys(3, 1, torch.arange(samples, device=device), places=1)[0]
@@ -161,6 +180,75 @@ def test_neighbours_are_uncorrelated(device):
     for name, (a, b) in pairs.items():
         # The mean of n products of fair ±1 has a standard deviation of 1/sqrt(n); 5 of them.
         assert (a * b).mean().abs() < 5 / math.sqrt(a.numel()), name
+
+
+def coins(columns: range = range(512)) -> Tensor:
+    """Return fair ±1 decisions (4096 rows, columns): consecutive rows of heads, samples, steps."""
+    samples, heads, rows = torch.arange(2), torch.arange(2), torch.arange(512)
+    keys = torch.stack([sample_keys(0, step, samples, places=1)[0] for step in range(2)])
+    row_keys = combine(combine(keys[..., None], heads)[..., None], rows).flatten()
+    keep = keep_mask(row_keys[:, None], torch.tensor(columns), 0.5)
+    return keep.float() * 2 - 1
+
+
+def lag_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Return sum over c of x[r, c] · y[r, c + lag], divided by its standard deviation for coins.
+
+    (rows, lags): all lags from 2 that leave 32 columns.
+    """
+    columns = x.shape[1]
+    # Padded to twice the length, the circular correlation is the plain one.
+    x_f, y_f = (torch.fft.rfft(z, n=2 * columns) for z in (x, y))
+    lags = torch.arange(2, columns - 32)
+    return torch.fft.irfft(x_f.conj() * y_f)[:, lags] / (columns - lags).sqrt()
+
+
+@pytest.mark.parametrize("first_column", [0, 60_000])
+def test_decisions_at_every_distance_are_as_independent_as_coins(first_column):
+    y = coins(range(first_column, first_column + 512))
+    neighbours = y[:, :-1] * y[:, 1:]
+    pairs = {
+        "in a row": lag_sums(y, y),
+        "in the next row": lag_sums(y[:-1], y[1:]),
+        "in the next head": lag_sums(y[:-512], y[512:]),
+        "in the next sample": lag_sums(y[:-1024], y[1024:]),
+        "in the next step": lag_sums(y[:-2048], y[2048:]),
+        "three, two of them neighbours": lag_sums(neighbours, y[:, :-1]),
+        "two pairs of neighbours": lag_sums(neighbours, neighbours),
+        "two by two": lag_sums(y[:-1] * y[1:], y[:-1] * y[1:]),
+    }
+    for name, sums in pairs.items():
+        rows = len(sums)
+        # A mean over rows is normal, of variance 1 / rows. Coins go past 5.5 standard deviations
+        # at one of the 8 · 478 lags with a chance of 1.5e-4; these are fixed, and do not.
+        assert (sums.mean(dim=0) * math.sqrt(rows)).abs().max() < 5.5, name
+        # Nor may a row lean one way and another row the other: the squares have mean 1, variance
+        # 2. A few standard deviations more for their heavier tail.
+        spread = ((sums**2).mean(dim=0) - 1) * math.sqrt(rows / 2)
+        assert spread.abs().max() < 6.5, name
+
+
+def test_no_two_columns_agree_over_the_rows():
+    y = coins()
+    agreement = (y.T @ y).triu(1) / math.sqrt(len(y))
+    # Normal for coins, of which one of 131 000 pairs goes past 6 with a chance of 3e-4.
+    assert agreement.abs().max() < 6
+
+
+@pytest.mark.parametrize("p", [0.001, 0.999])
+def test_rare_decisions_have_their_rate(p):
+    keys = combine(torch.tensor([7], dtype=torch.int32), torch.arange(4096))
+    rate = keep_mask(keys[:, None], torch.arange(1024), p).double().mean()
+    # 5 standard deviations of 4 million draws: 4 parts in 10^5, of 1 in 10^3.
+    assert abs(rate - (1 - p)) < 5 * math.sqrt(p * (1 - p) / 2**22)
+
+
+def test_all_patterns_of_eight_neighbours_are_equally_frequent():
+    patterns = (coins() > 0).unflatten(1, (-1, 8)).long() @ (2 ** torch.arange(8))
+    counts = patterns.flatten().bincount(minlength=256).double()
+    mean = counts.sum() / 256
+    # Chi-square with 255 degrees of freedom: mean 255, standard deviation 22.6; 5 of them.
+    assert ((counts - mean) ** 2 / mean).sum() < 255 + 5 * 22.6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,6 +339,18 @@ def test_attention_drops_by_sample_head_query_and_key(backend, device):
     torch.testing.assert_close(
         nonzero, torch.full_like(nonzero, 1 / 36 / (1 - P)), rtol=1e-6, atol=0.0
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize(("p", "drops"), [(1e-12, False), (1 - 1e-12, True)])
+def test_attention_takes_the_smallest_and_largest_probabilities(p, drops, backend, device):
+    ones = torch.ones(1, 1, 16, 16, device=device)
+    layout = BlockLayout.from_mask(torch.ones(1, 1), 16).to(device)
+    key = signed([5]).to(device)
+    options = {"dropout_p": p, "dropout_key": key, "backend": backend}
+    out = block_sparse_attention(ones, ones, ones, layout, **options)
+    # 16 equal probabilities, exact in binary, times 1 / (1 - p), which rounds to 1.
+    assert torch.equal(out, torch.zeros_like(ones) if drops else ones)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
