@@ -47,20 +47,11 @@ def combine(key: Tensor, counter: Tensor | int) -> Tensor:
     """
     if isinstance(counter, int):
         return mix(key + _wrap((counter + 1) * STRIDE))
-    # Inductor's C++ overflows signed integers, of which a compiler may make anything.
-    if key.device.type == "cpu" and torch.compiler.is_compiling():
-        return _combine_uncompiled(key, counter)
+    return (_combine_op if _overflows(key) else _combine)(key, counter)
+
+
+def _combine(key: Tensor, counter: Tensor) -> Tensor:
     return mix(key + (counter.to(torch.int32) + 1) * STRIDE)
-
-
-@torch.library.custom_op("spion_ds::combine", mutates_args=())
-def _combine_uncompiled(key: Tensor, counter: Tensor) -> Tensor:
-    return mix(key + (counter.to(torch.int32) + 1) * STRIDE)
-
-
-@_combine_uncompiled.register_fake
-def _(key: Tensor, counter: Tensor) -> Tensor:
-    return key.new_empty(torch.broadcast_shapes(key.shape, counter.shape))
 
 
 def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:
@@ -101,6 +92,10 @@ def keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
         columns: int32 coordinate of each element in its row.
         p: probability of dropping.
     """
+    return (_keep_mask_op if _overflows(row_keys) else _keep_mask)(row_keys, columns, p)
+
+
+def _keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
     word = (columns.to(torch.int32) + 1) * STRIDE
     word = (word ^ ((word >> 16) & 0xFFFF)) * MULTIPLY_1
     bits = row_keys ^ word
@@ -128,6 +123,33 @@ def dropout(x: Tensor, p: float, key: Tensor) -> Tensor:
     column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
     keep = keep_mask(combine(key[:, None], row)[:, :, None], column, p)
     return x * keep.view(x.shape) * (1.0 / (1.0 - p))
+
+
+def _overflows(x: Tensor) -> bool:
+    """Return whether the formulas must be hidden from the compiler that traces this call.
+
+    Inductor's C++ for CPUs overflows signed integers, of which a compiler may make anything.
+    """
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+_combine_op = torch.library.custom_op(
+    "spion_ds::combine", _combine, mutates_args=(), schema="(Tensor key, Tensor counter) -> Tensor"
+)
+_combine_op.register_fake(
+    lambda key, counter: key.new_empty(torch.broadcast_shapes(key.shape, counter.shape))
+)
+_keep_mask_op = torch.library.custom_op(
+    "spion_ds::keep_mask",
+    _keep_mask,
+    mutates_args=(),
+    schema="(Tensor row_keys, Tensor columns, float p) -> Tensor",
+)
+_keep_mask_op.register_fake(
+    lambda row_keys, columns, p: row_keys.new_empty(
+        torch.broadcast_shapes(row_keys.shape, columns.shape), dtype=torch.bool
+    )
+)
 
 
 def _wrap(value: int) -> int:
