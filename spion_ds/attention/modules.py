@@ -50,6 +50,9 @@ class SparseSelfAttention(nn.Module):
         self.observer: AttentionMapAccumulator | PooledMapAccumulator | None = None
         self._layouts: dict[tuple[int, torch.device], BlockLayout | None] = {}
         self._pattern: Tensor | None = None
+        # Layouts that keep all: the prepared ones stay, since a captured CUDA graph reads them.
+        self._prepared: dict[tuple[int, torch.device], BlockLayout] = {}
+        self._latest: BlockLayout | None = None
 
     def layout(self, length: int, device: torch.device) -> BlockLayout | None:
         """Return the layout for ``length`` tokens on ``device``, None while it is dense.
@@ -72,7 +75,8 @@ class SparseSelfAttention(nn.Module):
         """
         may_need_all = self.dropout_p > 0.0 or _kernels_take_padding(device)
         if self.layout(length, device) is None and may_need_all:
-            self._full_layout(length, device)
+            layout = self._full_layout(length, device)
+            self._prepared[layout.num_rows, device] = layout
 
     @torch.compiler.disable
     def _derive(self, length: int, device: torch.device) -> BlockLayout | None:
@@ -129,14 +133,13 @@ class SparseSelfAttention(nn.Module):
         return out.masked_fill(~mask[:, None, :, None], 0.0) if self.zero_padded_queries else out
 
     def _full_layout(self, length: int, device: torch.device) -> BlockLayout:
-        block = self.sparsity_config.block
-        n = -(-length // block)
-        if self._full is None or self._full.num_rows != n or self._full.device != device:
+        n = -(-length // self.sparsity_config.block)
+        found = self._prepared.get((n, device), self._latest)
+        if found is None or found.num_rows != n or found.device != device:
             ones = torch.ones((n, n), dtype=torch.bool, device=device)
-            self._full = BlockLayout.from_mask(ones, block)
-        return self._full
-
-    _full: BlockLayout | None = None
+            found = BlockLayout.from_mask(ones, self.sparsity_config.block)
+        self._latest = found
+        return found
 
 
 def _kernels_take_padding(device: torch.device) -> bool:

@@ -145,7 +145,7 @@ def _backward(
     num_rows, num_cols = -(-queries // block), -(-keys // block)
     parts = index[5].shape[1]
     copies = batch * kv_heads
-    both = find_tiles("both", block, head_dim, q.dtype)
+    both = find_tiles("both" if dropout_key is None else "both_dropout", block, head_dim, q.dtype)
     delta = torch.empty_like(lse) if both is None else None
     shape = _shape_constants(q, k, index[0])
     scales = (settings.scale, settings.scale * _LOG2_E)

@@ -34,9 +34,9 @@ TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
     "fwd": {
         32: {
             16: Tiles(16, 32, 1, 2),
-            32: Tiles(32, 32, 1, 2),
-            64: Tiles(64, 64, 4, 3),
-            128: Tiles(64, 64, 4, 3),
+            32: Tiles(32, 32, 1, 2, 128),
+            64: Tiles(64, 64, 4, 3, 96),
+            128: Tiles(64, 64, 4, 3, 96),
         },
         64: {
             16: Tiles(16, 32, 1, 2),
@@ -121,11 +121,21 @@ TABLE["both"] = {
     },
 }
 
+# With dropout, whose bits need registers, other cuts keep more programs on a multiprocessor.
+TABLE["both_dropout"] = {
+    32: {
+        16: Tiles(16, 32, 1, 2),
+        32: Tiles(32, 32, 2, 1, 128),
+        64: Tiles(64, 32, 4, 2),
+        128: Tiles(64, 32, 4, 2),
+    },
+}
+
 MAX_HEAD_DIM = max(TABLE["fwd"])
 
 
 def choose_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Return how ``kernel`` ("fwd", "dq" or "dkv") cuts blocks of ``block`` tokens."""
+    """Return how ``kernel``, a key of the table, cuts blocks of ``block`` tokens."""
     if dtype == torch.float32:
         # Full float32 products use no tensor cores, and hold their operands in registers.
         return Tiles(min(block, 32), 32, 4 if head_dim <= 64 else 8, 1)

@@ -86,7 +86,7 @@ def test_every_column_is_whole_or_cut_into_parts_of_bounded_length():
         cut = {column: pieces for column, _, pieces in parts}
         assert sorted(whole + list(cut)) == list(range(30))
         assert sorted(parts) == [(c, piece, cut[c]) for c in sorted(cut) for piece in range(cut[c])]
-        longest = max(LONGEST_PART // 128, -(-2 * int(lengths[head].sum()) // 30))
+        longest = max(LONGEST_PART // 128, 40 // 4, -(-2 * int(lengths[head].sum()) // 30))
         assert all(lengths[head, column] <= longest for column in whole)
         assert all(lengths[head, c] > longest and lengths[head, c] <= longest * cut[c] for c in cut)
     assert (layout.col_parts[2] == -1).all()

@@ -62,6 +62,17 @@ def test_is_dense_attention_until_there_is_a_pattern(padded):
     assert not padded or not out[2].any()
 
 
+def test_a_prepared_layout_stays_in_memory_whatever_lengths_follow():
+    # A captured CUDA graph reads it at its address.
+    attention, cpu = module(dropout_p=0.1), torch.device("cpu")
+    attention.prepare(LENGTH, cpu)
+    prepared = attention._full_layout(LENGTH, cpu)
+    key = torch.arange(3, dtype=torch.int32)
+    for length in (20, 40, 20):
+        attention(*drawn(length), None, key)
+    assert attention._full_layout(LENGTH, cpu) is prepared
+
+
 @pytest.mark.parametrize("dropout_key", [None, torch.arange(3, dtype=torch.int32)])
 @pytest.mark.parametrize("sparse_phase", [False, True])
 def test_padded_queries_give_zeros_where_that_is_asked_for(sparse_phase, dropout_key):

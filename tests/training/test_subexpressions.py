@@ -91,13 +91,13 @@ def test_values_are_those_of_the_evaluator_also_of_shuffled_operands() -> None:
     ],
 )
 def test_values_of_known_expressions(expression: str, values: list[int]) -> None:
-    ids = torch.from_numpy(encode(expression)).long()[None]
+    ids = torch.from_numpy(encode(expression, None)).long()[None]
     found = subexpression_values(ids, 3)
     assert found[found != NO_VALUE].tolist() == values
 
 
 def test_depths_and_parents_of_every_token() -> None:
-    ids = torch.from_numpy(encode("[MIN 1 [SM 5 6 ] 3 ]")).long()
+    ids = torch.from_numpy(encode("[MIN 1 [SM 5 6 ] 3 ]", None)).long()
     depth, parent = depths_and_parents(F.pad(ids, (0, 2))[None], 3)
     assert depth[0, :8].tolist() == [1, 2, 2, 3, 3, 2, 2, 1]
     assert parent[0].tolist() == [0, 0, 0, 2, 2, 2, 0, 0, 0, 0]
@@ -142,7 +142,7 @@ def test_the_loss_reaches_every_weight_and_the_operators_tokens_alone() -> None:
 
 def test_tokens_are_told_how_deep_they_are_nested() -> None:
     model = small_model(replace(SIZES, nesting_levels=3))
-    ids = torch.from_numpy(encode("[MIN 1 [SM 5 [MAX 6 [MED 7 8 ] ] ] 3 ]")).long()
+    ids = torch.from_numpy(encode("[MIN 1 [SM 5 [MAX 6 [MED 7 8 ] ] ] 3 ]", None)).long()
     assert model._nesting(F.pad(ids, (0, 2))[None])[0].tolist() == [
         *[0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 0],  # the deepest share the last level
         *[0, 0],
