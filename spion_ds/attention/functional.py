@@ -98,7 +98,7 @@ def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..
     if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
         from spion_ds.attention import triton_backend
 
-        if backend == "triton" or triton_backend.unsupported(q, layout) is None:
+        if backend == "triton" or triton_backend.unsupported(q, layout.block) is None:
             return triton_backend.block_sparse_attention_triton
     if backend == "hopper":
         from spion_ds.attention import hopper_backend

@@ -73,8 +73,7 @@ class SparseSelfAttention(nn.Module):
         A pass does that itself, but where torch.compile traces it the graph breaks there: call
         this before the first compiled pass, and again after a new pattern.
         """
-        may_need_all = self.dropout_p > 0.0 or _kernels_take_padding(device)
-        if self.layout(length, device) is None and may_need_all:
+        if self.layout(length, device) is None and (self.dropout_p > 0.0 or device.type == "cuda"):
             layout = self._full_layout(length, device)
             self._prepared[layout.num_rows, device] = layout
 
@@ -107,7 +106,7 @@ class SparseSelfAttention(nn.Module):
         layout, pruned = self.layout(query.shape[2], query.device), self.pruned
         if layout is None:
             by_keys = dropout_p > 0.0 and dropout_key is not None
-            padded = key_padding_mask is not None and _kernels_take_padding(query.device)
+            padded = key_padding_mask is not None and self._kernels_take(query)
             if not (by_keys or padded):
                 return self._dense(query, key, value, key_padding_mask, dropout_p)
             layout, pruned = self._full_layout(query.shape[2], query.device), "excluded"
@@ -141,7 +140,10 @@ class SparseSelfAttention(nn.Module):
         self._latest = found
         return found
 
+    def _kernels_take(self, query: Tensor) -> bool:
+        """Return whether there are block-sparse kernels for a GPU tensor."""
+        if not (query.is_cuda and HAS_TRITON and self.backend in ("auto", "triton")):
+            return False
+        from spion_ds.attention import triton_backend
 
-def _kernels_take_padding(device: torch.device) -> bool:
-    """Return whether dense attention with padding goes to the block-sparse kernels."""
-    return device.type == "cuda" and HAS_TRITON
+        return triton_backend.unsupported(query, self.sparsity_config.block) is None

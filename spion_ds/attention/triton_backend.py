@@ -50,7 +50,7 @@ def block_sparse_attention_triton(
     Raises:
         ConfigError: no kernel for this dtype, head_dim, block or device.
     """
-    reason = unsupported(q, layout)
+    reason = unsupported(q, layout.block)
     if reason is not None:
         raise ConfigError(reason)
     scale = options.scale
@@ -410,15 +410,15 @@ torch.library.register_autograd(
 )
 
 
-def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
-    """Return why there is no kernel for tensors like ``q`` with this layout, None if there is."""
+def unsupported(q: Tensor, block: int) -> str | None:
+    """Return why there is no kernel for tensors like ``q`` and blocks, None if there is."""
     if q.dtype not in _DTYPES or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         return (
             f"the triton backend takes bf16, fp16 and fp32 with head_dim 1 to {MAX_HEAD_DIM}; "
             f"got {q.dtype} with head_dim {q.shape[3]}"
         )
-    if layout.block not in _BLOCKS:
-        return f"the triton backend has kernels for blocks of {_BLOCKS}; got {layout.block}"
+    if block not in _BLOCKS:
+        return f"the triton backend has kernels for blocks of {_BLOCKS}; got {block}"
     if not (q.is_cuda or _INTERPRETED):
         return (
             f"the triton backend runs on CUDA devices (elsewhere only with TRITON_INTERPRET=1, "
