@@ -8,7 +8,7 @@ namespace {
 
 inline void write_delta(const Problem& p, int64_t b, int64_t h, int64_t row, float* memory) {
   const Workspace w(p, memory);
-  const int64_t end = smaller((row + 1) * p.block, p.queries);
+  const int64_t end = smaller((row + 1) * p.block, p.query_ends[b]);
   for (int64_t query = row * p.block; query < end; ++query) {
     const Piece one{query, 1};
     const float* out = partner_rows(p, p.out, b, h, one, false, w.partner[0]).data;
@@ -28,14 +28,14 @@ inline void write_delta(const Problem& p, int64_t b, int64_t h, int64_t row, flo
 // What the gradients of a tile's entries need of the problem, in registers: the compiler cannot
 // know that the tile does not overlap the problem.
 struct EntryRules {
-  explicit EntryRules(const Problem& p)
+  EntryRules(const Problem& p, int64_t b, const Piece& queries, const Piece& keys)
       : scale(p.scale),
         scale_log2(p.scale * kLog2e),
         dropout_scale(p.dropout_scale),
         dropout_threshold(p.dropout_threshold),
         dropout(p.dropout_key != nullptr),
-        causal(p.causal),
-        masked(p.causal || p.real != nullptr) {}
+        causal(some_in_future(p, queries, keys)),
+        masked(causal || some_padding(p, b, keys)) {}
 
   float scale, scale_log2, dropout_scale;
   int32_t dropout_threshold;
@@ -67,7 +67,7 @@ SPION_DS_INLINE Entries entries_of(const EntryRules& rules, Floats score, Floats
 inline void query_lane_gradients(const Problem& p, int64_t b, const QueryLanes& lanes,
                                  const Piece& queries, const Piece& keys, int64_t width,
                                  const float* scores, float* grad_probs) {
-  const EntryRules rules(p);
+  const EntryRules rules(p, b, queries, keys);
   for (int64_t j = 0; j < keys.count; ++j) {
     const int64_t key = keys.first + j;
     const Words word = Words{} + column_word(static_cast<uint32_t>(key));
@@ -92,17 +92,15 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
   const Workspace w(p, memory);
   const int64_t kv_head = h / (p.heads / p.kv_heads);
   const int32_t* pointers = p.row_ptr + layout_index(p, h) * (p.num_rows + 1) + row;
-  for_pieces(row, p.block, p.queries, [&](const Piece& queries) {
+  for_pieces(row, p.block, p.query_ends[b], [&](const Piece& queries) {
     const int64_t width = round_up(queries.count, kLanes);
     const QueryLanes lanes(p, b, h, queries, width);
     pack_owner(p, p.q, b, h, queries, width, w.partner[0], w.owner[0]);
     pack_owner(p, p.grad, b, h, queries, width, w.partner[0], w.owner[1]);
     fill(w.sum[0], p.head_dim * width, 0.0f);
     for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
-      const int64_t column = p.col_idx[entry];
-      if (!has_real_key(p, b, column)) continue;
-      for_pieces(column, p.block, p.keys, [&](const Piece& keys) {
-        if (all_in_future(p, queries, keys)) return;
+      for_pieces(p.col_idx[entry], p.block, p.key_ends[b], [&](const Piece& keys) {
+        if (all_in_future(p, queries, keys) || all_padding(p, b, keys)) return;
         const Rows k = partner_rows(p, p.k, b, kv_head, keys, false, w.partner[0]);
         const Rows v = partner_rows(p, p.v, b, kv_head, keys, false, w.partner[1]);
         multiply<false, false>(keys.count, width, p.head_dim, k.data, k.stride, w.owner[0], width,
@@ -117,6 +115,8 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
     store_transposed(p.dtype, p.dq, b, h, queries.first, queries.count, width, p.head_dim, w.sum[0],
                      w.partner[0]);
   });
+  const Piece rest = rest_of_block(row, p.block, p.query_ends[b], p.queries);
+  store_zeros(p.dtype, p.dq, b, h, rest.first, rest.count, p.head_dim);
 }
 
 // scores (queries, width) become probabilities after dropout, grad_probs the gradients of the
@@ -124,7 +124,7 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
 inline void key_lane_gradients(const Problem& p, int64_t b, int64_t h, const Piece& queries,
                                const Piece& keys, int64_t width, const int32_t* real,
                                const uint32_t* column_words, float* scores, float* grad_probs) {
-  const EntryRules rules(p);
+  const EntryRules rules(p, b, queries, keys);
   const int64_t row = (b * p.heads + h) * p.queries + queries.first;
   for (int64_t i = 0; i < queries.count; ++i) {
     const int32_t query = static_cast<int32_t>(queries.first + i);
@@ -151,8 +151,8 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
                             const QueryGradients* dq, float* memory) {
   const Workspace w(p, memory);
   const int64_t group = p.heads / p.kv_heads;
-  const bool visible = has_real_key(p, b, column);
-  for_pieces(column, p.block, p.keys, [&](const Piece& keys) {
+  for_pieces(column, p.block, p.key_ends[b], [&](const Piece& keys) {
+    const bool visible = !all_padding(p, b, keys);
     const int64_t width = round_up(keys.count, kLanes);
     uint32_t column_words[kPiece];
     fill_column_words(keys, column_words);
@@ -169,7 +169,7 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
       const int64_t h = kv_head * group + member;
       const int32_t* pointers = p.col_ptr + layout_index(p, h) * (p.num_cols + 1) + column;
       for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
-        for_pieces(p.row_idx[entry], p.block, p.queries, [&](const Piece& queries) {
+        for_pieces(p.row_idx[entry], p.block, p.query_ends[b], [&](const Piece& queries) {
           if (all_in_future(p, queries, keys)) return;
           const Rows q = partner_rows(p, p.q, b, h, queries, false, w.partner[0]);
           const Rows grad = partner_rows(p, p.grad, b, h, queries, false, w.partner[1]);
@@ -196,6 +196,9 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
     store_transposed(p.dtype, p.dv, b, kv_head, keys.first, keys.count, width, p.head_dim, w.sum[1],
                      w.partner[0]);
   });
+  const Piece rest = rest_of_block(column, p.block, p.key_ends[b], p.keys);
+  store_zeros(p.dtype, p.dk, b, kv_head, rest.first, rest.count, p.head_dim);
+  store_zeros(p.dtype, p.dv, b, kv_head, rest.first, rest.count, p.head_dim);
 }
 
 inline void store_dq(const Problem& p, int64_t b, int64_t h, const float* gradients,

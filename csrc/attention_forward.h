@@ -10,7 +10,7 @@ namespace {
 inline void mask_scores(const Problem& p, int64_t b, const Piece& queries, const Piece& keys,
                         int64_t width, float* scores) {
   const bool causal = some_in_future(p, queries, keys);
-  if (!causal && p.real == nullptr) return;
+  if (!causal && !some_padding(p, b, keys)) return;
   for (int64_t j = 0; j < keys.count; ++j) {
     const int64_t key = keys.first + j;
     // Lanes before `from` are excluded.
@@ -96,7 +96,8 @@ inline void finish_softmax(const Problem& p, int64_t b, int64_t h, int64_t row,
   float factor[kPiece] = {};
   float* lse = p.lse + (b * p.heads + h) * p.queries + queries.first;
   for (int64_t i = 0; i < queries.count; ++i) {
-    if (total[i] == 0.0f) {
+    const bool zero = p.zero_padded_queries && !is_real(p, b, queries.first + i);
+    if (total[i] == 0.0f || zero) {
       // +inf makes every exp(score - lse) 0 in the backward pass.
       lse[i] = kInfinity;
       continue;
@@ -123,7 +124,7 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
   const Workspace w(p, memory);
   const int64_t kv_head = h / (p.heads / p.kv_heads);
   const int32_t* pointers = p.row_ptr + layout_index(p, h) * (p.num_rows + 1) + row;
-  for_pieces(row, p.block, p.queries, [&](const Piece& queries) {
+  for_pieces(row, p.block, p.query_ends[b], [&](const Piece& queries) {
     const int64_t width = round_up(queries.count, kLanes);
     const QueryLanes lanes(p, b, h, queries, width);
     pack_owner(p, p.q, b, h, queries, width, w.partner[0], w.owner[0]);
@@ -135,10 +136,8 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
     fill(total, width, 0.0f);
     fill(w.sum[0], p.head_dim * width, 0.0f);
     for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
-      const int64_t column = p.col_idx[entry];
-      if (!has_real_key(p, b, column)) continue;
-      for_pieces(column, p.block, p.keys, [&](const Piece& keys) {
-        if (all_in_future(p, queries, keys)) return;
+      for_pieces(p.col_idx[entry], p.block, p.key_ends[b], [&](const Piece& keys) {
+        if (all_in_future(p, queries, keys) || all_padding(p, b, keys)) return;
         const Rows k = partner_rows(p, p.k, b, kv_head, keys, false, w.partner[0]);
         const Rows v = partner_rows(p, p.v, b, kv_head, keys, false, w.partner[1]);
         multiply<false, false>(keys.count, width, p.head_dim, k.data, k.stride, w.owner[0], width,
@@ -153,6 +152,9 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
     store_transposed(p.dtype, p.out, b, h, queries.first, queries.count, width, p.head_dim,
                      w.sum[0], w.partner[0]);
   });
+  const Piece rest = rest_of_block(row, p.block, p.query_ends[b], p.queries);
+  store_zeros(p.dtype, p.out, b, h, rest.first, rest.count, p.head_dim);
+  fill(p.lse + (b * p.heads + h) * p.queries + rest.first, rest.count, kInfinity);
 }
 
 }  // namespace

@@ -33,6 +33,11 @@ struct Problem {
 
   const uint8_t* real;  // (batch, keys), 1 = real key; null: all are
   const int32_t* seen;  // (batch, keys + 1) how many real keys come before each; null as well
+  bool zero_padded_queries;  // real is of the queries too, and padded ones give zeros
+  // (batch,) how many keys and how many queries of a sample are computed: what comes after the last
+  // real key, and with zero_padded_queries after the last real query, is left out.
+  const int32_t* key_ends;
+  const int32_t* query_ends;
 
   const int32_t* dropout_key;  // (batch,); null: no dropout
   int32_t dropout_threshold;   // keep when the bits are >= it

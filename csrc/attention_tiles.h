@@ -36,13 +36,20 @@ struct Piece {
   int64_t count;
 };
 
-// Calls visit(piece) for the pieces of a block, in ascending order.
+// Calls visit(piece) for the pieces of a block's tokens before `end`, in ascending order.
 template <class Visit>
-SPION_DS_INLINE void for_pieces(int64_t block_index, int64_t block, int64_t tokens, Visit visit) {
-  const int64_t end = smaller((block_index + 1) * block, tokens);
+SPION_DS_INLINE void for_pieces(int64_t block_index, int64_t block, int64_t end, Visit visit) {
+  end = smaller((block_index + 1) * block, end);
   for (int64_t first = block_index * block; first < end; first += kPiece) {
     visit(Piece{first, smaller(kPiece, end - first)});
   }
+}
+
+// Those of a block's tokens that for_pieces leaves out: from `end` on.
+inline Piece rest_of_block(int64_t block_index, int64_t block, int64_t end, int64_t tokens) {
+  const int64_t first = end > block_index * block ? end : block_index * block;
+  const int64_t last = smaller((block_index + 1) * block, tokens);
+  return {first, last > first ? last - first : 0};
 }
 
 // The buffers of one thread.
@@ -84,9 +91,13 @@ inline bool is_real(const Problem& p, int64_t b, int64_t key) {
   return p.real == nullptr || p.real[b * p.keys + key] != 0;
 }
 
-// A key block without a real key is left out everywhere.
-inline bool has_real_key(const Problem& p, int64_t b, int64_t column) {
-  return real_keys(p, b, column * p.block, smaller((column + 1) * p.block, p.keys)) > 0;
+// Keys without a real one among them are left out everywhere.
+inline bool all_padding(const Problem& p, int64_t b, const Piece& keys) {
+  return real_keys(p, b, keys.first, keys.first + keys.count) == 0;
+}
+
+inline bool some_padding(const Problem& p, int64_t b, const Piece& keys) {
+  return real_keys(p, b, keys.first, keys.first + keys.count) < keys.count;
 }
 
 // Whether every key of a piece comes after every query of the other.

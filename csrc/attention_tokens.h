@@ -155,6 +155,15 @@ inline Rows rows_of(DType dtype, const Tokens& x, int64_t b, int64_t h, int64_t 
   return {buffer, stride};
 }
 
+inline void store_zeros(DType dtype, const Tokens& x, int64_t b, int64_t h, int64_t first,
+                        int64_t count, int64_t head_dim) {
+  // Zero is all bits 0 in every dtype.
+  const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+  for (int64_t token = first; token < first + count; ++token) {
+    std::memset(static_cast<char*>(x.data) + offset(x, b, h, token) * bytes, 0, head_dim * bytes);
+  }
+}
+
 // to (head_dim, width) = rows (count, head_dim) transposed; the columns from count to width are 0.
 inline void pack_transposed(const Rows& rows, int64_t count, int64_t width, int64_t head_dim,
                             float* to) {

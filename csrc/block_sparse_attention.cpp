@@ -37,6 +37,7 @@ struct Settings {
   bool causal;
   bool pruned_zero;
   double dropout_p;
+  bool zero_padded_queries;
 };
 
 // keep_threshold of spion_ds/attention/dropout.py.
@@ -92,6 +93,9 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Layout& layo
   TORCH_CHECK(!real || (real->scalar_type() == at::kBool && real->dim() == 2 &&
                         real->size(0) == k.size(0) && real->size(1) == k.size(2)),
               "cpu_attention: key_padding_mask is bool (batch, M)");
+  TORCH_CHECK(!settings.zero_padded_queries || (real && q.size(2) == k.size(2)),
+              "cpu_attention: zero_padded_queries takes a key_padding_mask, and as many queries as ",
+              "keys");
   TORCH_CHECK(settings.dropout_p == 0.0 ||
                   (dropout_key && dropout_key->scalar_type() == at::kInt &&
                    dropout_key->dim() == 1 && dropout_key->size(0) == q.size(0)),
@@ -128,7 +132,12 @@ struct Call {
     problem.q = tokens_of(q);
     problem.k = tokens_of(k);
     problem.v = tokens_of(v);
+    problem.zero_padded_queries = settings.zero_padded_queries;
+    key_ends.assign(problem.batch, static_cast<int32_t>(problem.keys));
+    query_ends.assign(problem.batch, static_cast<int32_t>(problem.queries));
     if (real_in) count_real(*real_in);
+    problem.key_ends = key_ends.data();
+    problem.query_ends = query_ends.data();
     if (settings.dropout_p > 0.0) {
       dropout_key = dropout_key_in->contiguous();
       problem.dropout_key = dropout_key.const_data_ptr<int32_t>();
@@ -142,13 +151,20 @@ struct Call {
     const bool* is_real = real.const_data_ptr<bool>();
     int32_t* count = seen.mutable_data_ptr<int32_t>();
     for (int64_t b = 0; b < problem.batch; ++b) {
-      count_seen(is_real + b * problem.keys, problem.keys, count + b * (problem.keys + 1));
+      int32_t* seen_keys = count + b * (problem.keys + 1);
+      count_seen(is_real + b * problem.keys, problem.keys, seen_keys);
+      // The first place before which all real keys have been seen.
+      const int32_t* end = std::lower_bound(seen_keys, seen_keys + problem.keys,
+                                            seen_keys[problem.keys]);
+      key_ends[b] = static_cast<int32_t>(end - seen_keys);
     }
+    if (problem.zero_padded_queries) query_ends = key_ends;
     problem.real = reinterpret_cast<const uint8_t*>(real.const_data_ptr<bool>());
     problem.seen = seen.const_data_ptr<int32_t>();
   }
 
   Tensor q, k, v, real, seen, dropout_key;
+  std::vector<int32_t> key_ends, query_ends;
   Problem problem;
 };
 
@@ -166,6 +182,21 @@ std::vector<std::vector<int32_t>> longest_first(const int32_t* pointers, int64_t
   return orders;
 }
 
+// How much a head of a sample costs, as far as the layout is even: entries before the padding.
+int64_t entries(const Problem& problem, int64_t b) {
+  return int64_t{problem.query_ends[b]} * problem.key_ends[b];
+}
+
+// Returns the samples, those that cost most first.
+std::vector<int64_t> costly_first(const Problem& problem) {
+  std::vector<int64_t> samples(problem.batch);
+  std::iota(samples.begin(), samples.end(), 0);
+  std::stable_sort(samples.begin(), samples.end(), [&](int64_t a, int64_t b) {
+    return entries(problem, a) > entries(problem, b);
+  });
+  return samples;
+}
+
 // Runs task(b, head, block, workspace) for all blocks of all heads. Heads one after the other, so
 // that threads share what they read; inside a head, long blocks first, so that none is left last.
 template <class Task>
@@ -173,13 +204,14 @@ void run_blocks(const Problem& problem, const int32_t* pointers, int64_t heads, 
                 const Task& task) {
   const int64_t layouts = problem.layout_per_head ? problem.heads : 1;
   const auto orders = longest_first(pointers, layouts, blocks);
+  const auto samples = costly_first(problem);
   // The order of a key head is that of its first query head.
   const int64_t group = problem.heads / heads;
   const int64_t floats = kernels().workspace_floats(problem);
   run_tasks(problem.batch * heads * blocks, floats, [&](int64_t number, float* workspace) {
     const int64_t head = number / blocks % heads;
     const auto& order = orders[layouts == 1 ? 0 : head * group];
-    task(number / blocks / heads, head, order[number % blocks], workspace);
+    task(samples[number / blocks / heads], head, order[number % blocks], workspace);
   });
 }
 
@@ -188,9 +220,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const Tensor& col_ptr, const Tensor& row_idx,
                                    const std::optional<Tensor>& key_padding_mask,
                                    const std::optional<Tensor>& dropout_key, int64_t block,
-                                   double scale, bool causal, bool pruned_zero, double dropout_p) {
+                                   double scale, bool causal, bool pruned_zero, double dropout_p,
+                                   bool zero_padded_queries) {
   Call call(q, k, v, {row_ptr, col_idx, col_ptr, row_idx}, key_padding_mask, dropout_key,
-            {block, scale, causal, pruned_zero, dropout_p});
+            {block, scale, causal, pruned_zero, dropout_p, zero_padded_queries});
   Problem& problem = call.problem;
   Tensor out = at::empty_like(call.q);
   Tensor lse = at::empty({problem.batch, problem.heads, problem.queries},
@@ -218,6 +251,21 @@ void backward_by_blocks(const Problem& problem) {
              });
 }
 
+// Whether threads that each take a whole head when they are free are busy enough.
+bool heads_suffice(const Problem& problem) {
+  const int64_t threads = at::get_num_threads();
+  std::vector<int64_t> busy(threads);  // in entries
+  int64_t all = 0;
+  for (const int64_t b : costly_first(problem)) {
+    for (int64_t kv_head = 0; kv_head < problem.kv_heads; ++kv_head) {
+      *std::min_element(busy.begin(), busy.end()) += entries(problem, b);
+      all += entries(problem, b);
+    }
+  }
+  const int64_t longest = *std::max_element(busy.begin(), busy.end());
+  return static_cast<double>(all) >= kWholeHeadsFrom * static_cast<double>(threads * longest);
+}
+
 // All gradients of a (sample, key head) and its query heads by one thread, column after column.
 void backward_by_heads(const Problem& problem) {
   const Kernels& run = kernels();
@@ -226,8 +274,9 @@ void backward_by_heads(const Problem& problem) {
   const bool in_place = problem.dtype == DType::kFloat32 && padded == problem.head_dim;
   const int64_t floats = in_place ? 0 : group * problem.queries * padded;
   const int64_t all = floats + run.workspace_floats(problem);
+  const auto samples = costly_first(problem);
   run_tasks(problem.batch * problem.kv_heads, all, [&](int64_t number, float* memory) {
-    const int64_t b = number / problem.kv_heads;
+    const int64_t b = samples[number / problem.kv_heads];
     const int64_t kv_head = number % problem.kv_heads;
     const int64_t first_head = kv_head * group;
     QueryGradients dq{memory, problem.queries * padded, padded};
@@ -257,9 +306,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& lse_in, const Tensor& row_ptr, const Tensor& col_idx, const Tensor& col_ptr,
     const Tensor& row_idx, const std::optional<Tensor>& key_padding_mask,
     const std::optional<Tensor>& dropout_key, int64_t block, double scale, bool causal,
-    bool pruned_zero, double dropout_p) {
+    bool pruned_zero, double dropout_p, bool zero_padded_queries) {
   Call call(q, k, v, {row_ptr, col_idx, col_ptr, row_idx}, key_padding_mask, dropout_key,
-            {block, scale, causal, pruned_zero, dropout_p});
+            {block, scale, causal, pruned_zero, dropout_p, zero_padded_queries});
   Problem& problem = call.problem;
   TORCH_CHECK(grad_in.sizes() == q.sizes() && out_in.sizes() == q.sizes() &&
                   grad_in.scalar_type() == q.scalar_type() &&
@@ -286,10 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
              [&](int64_t b, int64_t h, int64_t row, float* workspace) {
                kernels().write_delta(problem, b, h, row, workspace);
              });
-  const int64_t heads = problem.batch * problem.kv_heads;
-  const int64_t threads = at::get_num_threads();
-  const int64_t turns = ceil_div(heads, threads);
-  if (static_cast<double>(heads) >= kWholeHeadsFrom * static_cast<double>(turns * threads)) {
+  if (heads_suffice(problem)) {
     backward_by_heads(problem);
   } else {
     backward_by_blocks(problem);
@@ -303,12 +349,13 @@ TORCH_LIBRARY_FRAGMENT(spion_ds, m) {
   m.def(
       "cpu_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col_idx, "
       "Tensor col_ptr, Tensor row_idx, Tensor? key_padding_mask, Tensor? dropout_key, int block, "
-      "float scale, bool causal, bool pruned_zero, float dropout_p) -> (Tensor, Tensor)");
+      "float scale, bool causal, bool pruned_zero, float dropout_p, bool zero_padded_queries) "
+      "-> (Tensor, Tensor)");
   m.def(
       "cpu_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, Tensor? key_padding_mask, "
       "Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
-      "float dropout_p) -> (Tensor, Tensor, Tensor)");
+      "float dropout_p, bool zero_padded_queries) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(spion_ds, CPU, m) {

@@ -40,9 +40,9 @@ def block_sparse_attention_cpu(
         *(q, k, v, layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx),
         *(options.key_padding_mask, options.dropout_key if options.dropout_p > 0.0 else None),
         *(layout.block, options.scale, options.causal),
-        *(options.pruned == "zero", options.dropout_p),
+        *(options.pruned == "zero", options.dropout_p, options.zero_padded_queries),
     )
-    return options.zeroed(out)
+    return out
 
 
 def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
@@ -76,7 +76,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = torch.ops.spion_ds.cpu_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None,) * 11)
+    return (*grads, *(None,) * 12)
 
 
 def _second_derivative(ctx: Any, *grads: Tensor) -> None:

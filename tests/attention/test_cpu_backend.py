@@ -41,6 +41,7 @@ class Case:
     per_head: bool = False
     causal: bool = False
     padded: bool = False
+    zero_padded: bool = False
     pruned: str = "zero"
     dropout_p: float = 0.0
     strided: bool = False
@@ -68,6 +69,8 @@ CASES = [
     Case(block=1, head_dim=1, queries=9, keys=7, dropout_p=0.2),
     Case(block=96, head_dim=72, queries=200, keys=100, padded=True, strided=True, batch=1),
     Case(block=32, head_dim=32, queries=50, keys=200, causal=True, padded=True),
+    Case(block=128, head_dim=24, queries=450, keys=450, padded=True, zero_padded=True, grouped=2),
+    Case(block=16, queries=90, keys=90, padded=True, zero_padded=True, causal=True, dropout_p=0.3),
 ]
 
 
@@ -94,13 +97,17 @@ class Inputs:
             pruned=case.pruned,
             dropout_p=case.dropout_p,
             dropout_key=self.dropout_key,
+            zero_padded_queries=case.zero_padded,
             backend=backend,
         )
         return [out.detach(), *torch.autograd.grad(out, qkv, self.grad_out.to(dtype))]
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Draw a case: hot first key block, empty second row, a fully padded last sample."""
+    """Draw a case: hot first key block, empty second row.
+
+    Where it is padded: a third of the tokens, 64 neighbours, the last block, the last sample.
+    """
     draw = torch.Generator().manual_seed(0)
     heads = case.kv_heads * case.grouped
     n, m = -(-case.queries // case.block), -(-case.keys // case.block)
@@ -117,6 +124,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
     padding = None
     if case.padded:
         padding = torch.rand((case.batch, case.keys), generator=draw) < 0.7
+        padding[:, 64:128] = False  # a whole piece of a kernel's work
         padding[:, case.keys - case.block :] = False
         padding[-1] = case.batch == 1
     return Inputs(
@@ -213,6 +221,7 @@ def test_every_instruction_set_agrees_with_the_reference(capability):
         Case(block=128, queries=500, keys=500, batch=1, kv_heads=1, causal=True, dropout_p=0.2),
         Case(block=16, batch=1, kv_heads=1, padded=True, grouped=2, per_head=True),
         Case(block=32, queries=300, keys=200, batch=3, kv_heads=1, padded=True),
+        Case(block=64, queries=300, keys=300, batch=5, kv_heads=1, padded=True, zero_padded=True),
     ],
     ids=str,
 )
@@ -224,6 +233,39 @@ def test_the_same_bits_with_any_number_of_threads(case, dtype):
         with threads(count):
             for result, one in zip(inputs.run(case, "cpp", dtype), expected, strict=True):
                 assert torch.equal(result, one)
+
+
+def test_tokens_after_the_last_real_one_are_not_computed():
+    case = Case(block=128, queries=300, keys=300, zero_padded=True, dropout_p=0.2)
+    real = torch.arange(300)[None] < torch.tensor([[70], [201]])
+    inputs = dataclasses.replace(make(case), key_padding_mask=real)
+    expected = inputs.run(case, "cpp", torch.float32)
+    # Whoever computes with them meets NaN.
+    q, k, v, grad = (
+        x.masked_fill(~real[:, None, :, None], float("nan"))
+        for x in (inputs.q, inputs.k, inputs.v, inputs.grad_out)
+    )
+    inputs = dataclasses.replace(inputs, q=q, k=k, v=v, grad_out=grad)
+    for result, same in zip(inputs.run(case, "cpp", torch.float32), expected, strict=True):
+        assert torch.equal(result, same)
+        assert not result.masked_select(~real[:, None, :, None]).any()
+
+
+def test_padded_queries_have_an_infinite_log_sum_exp():
+    x = make(Case(padded=True))
+    layout = (x.layout.row_ptr, x.layout.col_idx, x.layout.col_ptr, x.layout.row_idx)
+    for zero_padded in (False, True):
+        out, lse = torch.ops.spion_ds.cpu_attention_fwd(
+            *(x.q, x.k, x.v, *layout, x.key_padding_mask, None),
+            *(32, 0.2, False, True, 0.0, zero_padded),
+        )
+        nothing = (out == 0.0).all(dim=-1)
+        assert torch.equal(lse == float("inf"), nothing)
+        padded = ~x.key_padding_mask[:, None].expand_as(lse)
+        # The second row of blocks keeps nothing, and the second sample has no keys.
+        empty = torch.zeros_like(padded)
+        empty[:, :, 32:64] = empty[1] = True
+        assert torch.equal(nothing, padded | empty if zero_padded else empty)
 
 
 @pytest.mark.parametrize("view", ["packed", "tokens innermost", "one key for all", "every second"])
@@ -284,7 +326,7 @@ def test_nan_reaches_the_output():
 def test_operators_pass_opcheck():
     x = make(Case(padded=True))
     layout = (x.layout.row_ptr, x.layout.col_idx, x.layout.col_ptr, x.layout.row_idx)
-    rest = (*layout, x.key_padding_mask, x.dropout_key, 32, 0.2, False, True, 0.1)
+    rest = (*layout, x.key_padding_mask, x.dropout_key, 32, 0.2, False, True, 0.1, True)
     qkv = tuple(t.clone().requires_grad_() for t in (x.q, x.k, x.v))
     torch.library.opcheck(torch.ops.spion_ds.cpu_attention_fwd.default, (*qkv, *rest))
     out, lse = torch.ops.spion_ds.cpu_attention_fwd(x.q, x.k, x.v, *rest)
@@ -352,9 +394,15 @@ def test_the_operator_refuses_what_would_reach_outside_its_memory():
     x = make(Case(), torch.float32)
     layout = [x.layout.row_ptr, x.layout.col_idx, x.layout.col_ptr, x.layout.row_idx]
 
-    def call(index: list[Tensor], k: Tensor = x.k, key: Tensor | None = None, p: float = 0.0):
+    def call(
+        index: list[Tensor],
+        k: Tensor = x.k,
+        key: Tensor | None = None,
+        p: float = 0.0,
+        zero_padded: bool = False,
+    ):
         return torch.ops.spion_ds.cpu_attention_fwd(
-            x.q, k, x.v, *index, None, key, 32, 0.2, False, True, p
+            x.q, k, x.v, *index, None, key, 32, 0.2, False, True, p, zero_padded
         )
 
     call(layout)
@@ -377,3 +425,5 @@ def test_the_operator_refuses_what_would_reach_outside_its_memory():
         call(layout, p=0.5)
     with pytest.raises(RuntimeError, match="dropout_p"):
         call(layout, key=x.dropout_key, p=1.0)
+    with pytest.raises(RuntimeError, match="zero_padded_queries"):
+        call(layout, zero_padded=True)
