@@ -171,7 +171,8 @@ def prepare(config: PathfinderConfig, root: Path, verify: bool = True) -> Datase
 
     Raises:
         ConfigError: a value of ``config`` is not allowed, or allows no images.
-        DataError: an official file or the cache is missing, damaged or of another format.
+        DataError: an official file or the cache is missing, damaged or of another format, or a
+            process that draws images was ended from outside.
     """
     config.validate()
     if config.source == GENERATE:
@@ -308,10 +309,11 @@ def _read_shard(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarra
     return (pixels, labels) if fits else None
 
 
-def on_all_cores(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield ``work(item)`` in order, a few items ahead, on as many threads as there are cores.
 
-    Threads serve: NumPy and image decoders work outside the interpreter's lock.
+    For work that waits for files, at which network file systems are slow. Opening and decoding
+    small images keeps hardly more than one core busy, however many threads there are.
     """
     workers = len(os.sched_getaffinity(0))
     remaining = iter(items)
@@ -346,7 +348,7 @@ def _convert(config: PathfinderConfig, metadata: list[Path], folder: Path) -> No
         split = create_split(folder, name, len(part), config.sequence_length)
         split.lengths[:] = config.sequence_length
         split.labels[:] = [label for _, label in part]
-        pixels = on_all_cores(lambda image: read_image(image[0], config.image_size), part)
+        pixels = map_in_threads(lambda image: read_image(image[0], config.image_size), part)
         shown = tqdm(pixels, total=len(part), desc=f"reading {config.task} {name}", unit=" images")
         for row, image in enumerate(shown):
             split.input_ids[row] = image

@@ -132,6 +132,7 @@ def test_steps_are_weighted_by_the_squared_cosine_of_the_turn(continuity: float)
             assert weight / WEIGHT_ONE == pytest.approx(expected, abs=1 / WEIGHT_ONE)
 
 
+@pytest.mark.ranks
 def test_the_bytes_do_not_depend_on_the_number_of_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_cores(
     assert sums[0] == sums[1]
 
 
+@pytest.mark.ranks
 def test_splits_share_no_image_and_images_do_not_depend_on_the_sizes(tmp_path: Path) -> None:
     data = prepare(TINY, tmp_path)
     assert [len(s) for s in (data.train, data.validation, data.test)] == [600, 100, 60]
