@@ -6,6 +6,7 @@ Keys of the task's configuration follow as key=value, for instance train=6000 ma
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -85,4 +86,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as batch systems end a job
     sys.exit(main())

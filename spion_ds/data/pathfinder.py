@@ -5,6 +5,7 @@ Generates images of 32×32 or 128×128 (Path-X) pixels, or reads the official on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -38,6 +39,7 @@ from spion_ds.data.pathfinder_official import (
 )
 from spion_ds.data.pathfinder_snakes import Scene, draw_images
 from spion_ds.data.pathfinder_strokes import Strokes, make_strokes
+from spion_ds.data.processes import map_in_processes
 from spion_ds.data.skyformer import Pickles
 from spion_ds.errors import DataError
 from spion_ds.settings import require
@@ -47,7 +49,7 @@ NUM_CLASSES = 2
 VOCAB_SIZE = 256  # grey levels: the token is the pixel
 # Part of the cache's name: raise it when the same configuration gives other images.
 GENERATOR_VERSION = 1
-# Images of a shard: what one random stream makes, and what an interruption loses at most.
+# Images of a shard: what one random stream makes, and what an interruption loses at most of a core.
 SHARD_IMAGES = 250
 # Shares of the official images, which come in one piece.
 OFFICIAL_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -169,7 +171,8 @@ def prepare(config: PathfinderConfig, root: Path, verify: bool = True) -> Datase
 
     Raises:
         ConfigError: a value of ``config`` is not allowed, or allows no images.
-        DataError: an official file or the cache is missing, damaged or of another format.
+        DataError: an official file or the cache is missing, damaged or of another format, or a
+            process that draws images was ended from outside.
     """
     config.validate()
     if config.source == GENERATE:
@@ -262,12 +265,13 @@ def _generate(config: PathfinderConfig, folder: Path, shards: Path) -> None:
     total = sum(sizes.values())
     numbers = range(math.ceil(total / SHARD_IMAGES))
     with tqdm(total=total, desc=f"generating {config.task}", unit=" images") as progress:
-        drawn = on_all_cores(lambda number: _shard(config, number, shards), numbers)
-        for number, (pixels, answers) in enumerate(drawn):
-            first = number * SHARD_IMAGES
-            _scatter(ids, first, pixels)
-            _scatter(labels, first, answers)
-            progress.update(min(SHARD_IMAGES, total - first))
+        work = functools.partial(_shard, config, shards)
+        with contextlib.closing(map_in_processes(work, numbers)) as drawn:
+            for number, (pixels, answers) in enumerate(drawn):
+                first = number * SHARD_IMAGES
+                _scatter(ids, first, pixels)
+                _scatter(labels, first, answers)
+                progress.update(min(SHARD_IMAGES, total - first))
 
 
 def _scatter(arrays: list[np.ndarray], first: int, rows: np.ndarray) -> None:
@@ -278,7 +282,7 @@ def _scatter(arrays: list[np.ndarray], first: int, rows: np.ndarray) -> None:
         first, rows = max(0, first - len(array)), rows[stop - start :]
 
 
-def _shard(config: PathfinderConfig, number: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def _shard(config: PathfinderConfig, folder: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a shard, from its file if an interrupted run left one."""
     path = folder / f"{number:06}.npz"
     kept = _read_shard(path, config.sequence_length)
@@ -286,8 +290,11 @@ def _shard(config: PathfinderConfig, number: int, folder: Path) -> tuple[np.ndar
         return kept
     pixels, labels = draw_shard(config, number)
     temporary = path.with_name(f"{path.stem}.tmp-{socket.gethostname()}-{os.getpid()}.npz")
-    np.savez_compressed(temporary, pixels=pixels, labels=labels)
-    temporary.rename(path)
+    try:
+        np.savez_compressed(temporary, pixels=pixels, labels=labels)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return pixels, labels
 
 
@@ -302,10 +309,11 @@ def _read_shard(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarra
     return (pixels, labels) if fits else None
 
 
-def on_all_cores(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield ``work(item)`` in order, a few items ahead, on as many threads as there are cores.
 
-    Threads serve: NumPy and image decoders work outside the interpreter's lock.
+    For work that waits for files, at which network file systems are slow. Opening and decoding
+    small images keeps hardly more than one core busy, however many threads there are.
     """
     workers = len(os.sched_getaffinity(0))
     remaining = iter(items)
@@ -340,7 +348,7 @@ def _convert(config: PathfinderConfig, metadata: list[Path], folder: Path) -> No
         split = create_split(folder, name, len(part), config.sequence_length)
         split.lengths[:] = config.sequence_length
         split.labels[:] = [label for _, label in part]
-        pixels = on_all_cores(lambda image: read_image(image[0], config.image_size), part)
+        pixels = map_in_threads(lambda image: read_image(image[0], config.image_size), part)
         shown = tqdm(pixels, total=len(part), desc=f"reading {config.task} {name}", unit=" images")
         for row, image in enumerate(shown):
             split.input_ids[row] = image

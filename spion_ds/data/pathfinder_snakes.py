@@ -118,7 +118,9 @@ class _Snakes:
         direction = self.direction[alive, last]
         pivot = self.pivot[alive] + strokes.advance[direction]
         tips = strokes.tips[direction] + pivot[:, None]  # (N, C)
-        taken = board.occupied.take(tips[:, :, None] + strokes.clearance).max(axis=2)
+        # The pixels first: NumPy's maximum over a first axis is many times faster than over a last.
+        clearance = strokes.clearance[:, None, None] + tips  # (P, N, C)
+        taken = board.occupied.take(clearance).max(axis=0)
         heaped = np.cumsum(strokes.weights[direction] * (255 - taken), axis=1)
         total = heaped[:, -1]
         waiting = np.flatnonzero(total >= LEAST_WEIGHT)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from spion_ds.data import pathfinder, pathfinder_snakes
+from spion_ds.data import pathfinder, pathfinder_snakes, processes
 from spion_ds.data.pathfinder import (
     SHARD_IMAGES,
     PathfinderConfig,
@@ -128,6 +132,7 @@ def test_steps_are_weighted_by_the_squared_cosine_of_the_turn(continuity: float)
             assert weight / WEIGHT_ONE == pytest.approx(expected, abs=1 / WEIGHT_ONE)
 
 
+@pytest.mark.ranks
 def test_the_bytes_do_not_depend_on_the_number_of_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +144,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_cores(
     assert sums[0] == sums[1]
 
 
+@pytest.mark.ranks
 def test_splits_share_no_image_and_images_do_not_depend_on_the_sizes(tmp_path: Path) -> None:
     data = prepare(TINY, tmp_path)
     assert [len(s) for s in (data.train, data.validation, data.test)] == [600, 100, 60]
@@ -185,6 +191,48 @@ def test_an_interrupted_generation_keeps_its_finished_shards(
     assert 1 in drawn
     assert not shards.exists()
     assert resumed.manifest["files"] == whole.manifest["files"]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("end", ["interrupted", "killed"])
+def test_an_interruption_ends_all_processes_and_a_second_run_goes_on(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, train=8 * SHARD_IMAGES)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    whole = prepare(config, tmp_path / "whole")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    started: list[subprocess.Popen] = []
+
+    def start(*args: Any, start: Any = subprocess.Popen, **options: Any) -> subprocess.Popen:
+        started.append(start(*args, **options))
+        return started[-1]
+
+    def stop(*_: object) -> None:
+        if end == "interrupted":
+            raise KeyboardInterrupt
+        started[0].kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.subprocess, "Popen", start)
+        patch.setattr(pathfinder, "_scatter", stop)
+        with pytest.raises((KeyboardInterrupt, DataError)) as raised:
+            prepare(config, tmp_path)
+    if end == "killed":
+        sentence = rf"^process {started[0].pid}, .* ended with signal 9 \(Killed\).*run again"
+        assert re.search(sentence, str(raised.value))
+    codes = [process.returncode for process in started]
+    assert codes == [-signal.SIGKILL if end == "killed" else 0, 0]
+    [shards] = tmp_path.glob("*.shards")
+    kept = sorted(path.name for path in shards.iterdir())
+    if end == "interrupted":  # what is killed cannot clear up
+        assert all(re.fullmatch(r"\d{6}\.npz", name) for name in kept)
+    assert "000000.npz" in kept
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {shards.name, "whole"}
+
+    resumed = prepare(config, tmp_path)
+    assert resumed.manifest["files"] == whole.manifest["files"]
+    assert not shards.exists()
 
 
 def test_snakes_that_never_fit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
