@@ -133,12 +133,12 @@ class SparseSelfAttention(nn.Module):
 
     def _full_layout(self, length: int, device: torch.device) -> BlockLayout:
         n = -(-length // self.sparsity_config.block)
-        found = self._prepared.get((n, device), self._latest)
-        if found is None or found.num_rows != n or found.device != device:
+        if (n, device) in self._prepared:
+            return self._prepared[n, device]
+        if self._latest is None or self._latest.num_rows != n or self._latest.device != device:
             ones = torch.ones((n, n), dtype=torch.bool, device=device)
-            found = BlockLayout.from_mask(ones, self.sparsity_config.block)
-        self._latest = found
-        return found
+            self._latest = BlockLayout.from_mask(ones, self.sparsity_config.block)
+        return self._latest
 
     def _kernels_take(self, query: Tensor) -> bool:
         """Return whether there are block-sparse kernels for a GPU tensor."""
