@@ -85,8 +85,8 @@ def test_bf16_trains_through_the_switch_at_every_stage(tmp_path: Path) -> None:
     for run in runs:
         assert summary(run)["phase"] == "sparse"
         assert summary(run)["sparse"]["steps"] == 6
-    # Stages 1 and 2 keep the same float32 master weights. Stage 0 starts with a step of its own, and
-    # DeepSpeed's own linear layers of stage 3 round product and bias apart.
+    # Stages 1 and 2 keep the same float32 master weights. Stage 0 starts with a step of its own,
+    # and DeepSpeed's own linear layers of stage 3 round product and bias apart.
     assert digest(runs[1]) == digest(runs[2])
     first = {stage: losses(run)[1] for stage, run in zip(STAGES, runs, strict=True)}
     assert first[3] == pytest.approx(first[1], rel=2**-8)
