@@ -10,6 +10,7 @@ from spion_ds.attention.dropout import HAS_TRITON
 from spion_ds.attention.functional import block_sparse_attention
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.maps import AttentionMapAccumulator
+from spion_ds.attention.options import zero_padding
 from spion_ds.attention.streaming_maps import PooledMapAccumulator
 from spion_ds.sparsity import SparsityConfig
 
@@ -129,7 +130,7 @@ class SparseSelfAttention(nn.Module):
         if mask is None:
             return F.scaled_dot_product_attention(query, key, value, None, dropout_p)
         out = F.scaled_dot_product_attention(query, key, value, mask[:, None, None, :], dropout_p)
-        return out.masked_fill(~mask[:, None, :, None], 0.0) if self.zero_padded_queries else out
+        return zero_padding(out, mask) if self.zero_padded_queries else out
 
     def _full_layout(self, length: int, device: torch.device) -> BlockLayout:
         n = -(-length // self.sparsity_config.block)

@@ -32,4 +32,9 @@ class AttentionOptions(NamedTuple):
         """Return (batch, heads, L, head_dim) with zeros for padded queries where that is asked."""
         if not self.zero_padded_queries or self.key_padding_mask is None:
             return out
-        return out.masked_fill(~self.key_padding_mask[:, None, :, None], 0.0)
+        return zero_padding(out, self.key_padding_mask)
+
+
+def zero_padding(x: Tensor, padding_mask: Tensor) -> Tensor:
+    """Return (batch, heads, L, head_dim) with zeros where (batch, L) ``padding_mask`` is False."""
+    return x.masked_fill(~padding_mask[:, None, :, None], 0.0)

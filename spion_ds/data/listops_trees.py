@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,11 @@ CLOSE_ID = 15
 UNKNOWN_ID = 16
 VOCAB_SIZE = 17
 NUM_CLASSES = 10
+
+
+def is_operator(ids: Any) -> Any:
+    """Return which token ids open an operator, bool; ids are a NumPy array or a tensor."""
+    return (ids >= MIN_ID) & (ids <= SM_ID)
 
 
 def _median(operands: list[int]) -> int:
@@ -70,7 +76,7 @@ def truncated_value(ids: np.ndarray, depth: int) -> int | None:
     Raises:
         DataError: the ids are not one ListOps expression.
     """
-    opens = (ids >= MIN_ID) & (ids <= SM_ID)
+    opens = is_operator(ids)
     closes = ids == CLOSE_ID
     # A bracket belongs to the depth that it opens or closes.
     depths = np.cumsum(opens, dtype=np.int64) - np.cumsum(closes, dtype=np.int64) + closes

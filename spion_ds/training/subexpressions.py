@@ -20,7 +20,7 @@ from spion_ds.data.listops_trees import (
     MIN_ID,
     NUM_CLASSES,
     PAD_ID,
-    SM_ID,
+    is_operator,
 )
 from spion_ds.errors import ConfigError
 
@@ -51,7 +51,7 @@ def deepest_node(split: Split) -> int:
     depth = 1
     for start in range(0, len(split), 1024):
         ids = split.input_ids[start : start + 1024]
-        steps = ((ids >= MIN_ID) & (ids <= SM_ID)).astype(np.int8) - (ids == CLOSE_ID)
+        steps = is_operator(ids).astype(np.int8) - (ids == CLOSE_ID)
         depth = max(depth, int(steps.cumsum(axis=1, dtype=np.int16).max()) + 1)
     return depth
 
@@ -69,7 +69,7 @@ def depths_and_parents(ids_BL: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors (B, L) int64.
     """
-    opens = (ids_BL >= MIN_ID) & (ids_BL <= SM_ID)
+    opens = is_operator(ids_BL)
     closes = ids_BL == CLOSE_ID
     place = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
     level = (opens.int() - closes.int()).cumsum(1)  # operators that are open after the token
@@ -92,7 +92,7 @@ def subexpression_values(ids_BL: Tensor, max_depth: int) -> Tensor:
         (B, L) int64, 0 to 9 where the token is an operator. At place 0 it is the label.
     """
     depth, parent = depths_and_parents(ids_BL, max_depth)
-    operators = (ids_BL >= MIN_ID) & (ids_BL <= SM_ID)
+    operators = is_operator(ids_BL)
     nodes = (ids_BL != PAD_ID) & (ids_BL != CLOSE_ID)
     value = (ids_BL - 1).clamp(0, NUM_CLASSES - 1)  # a digit's; an operator's come below
     counts = torch.zeros(
