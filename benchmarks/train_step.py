@@ -2,6 +2,8 @@
 
     python benchmarks/train_step.py --recipes listops --out benchmarks/results/DATE-DEVICE-step.md
     python benchmarks/train_step.py --small          # seconds on a CPU
+    python benchmarks/train_step.py --recipes pathfinder128 --density 0.02 \
+        model.heads=8 model.head_dim=64 model.dim=512 training.batch_size=4   # L = 16 384
 
 First the losses of both must be equal in fp32 without dropout; then steps are timed as the recipe
 has them. The plain loop is AdamW, autocast and scaled_dot_product_attention, its batches on the
@@ -44,7 +46,10 @@ from spion_ds.training.watch import Watch
 # order, and AdamW's first steps are as long as the learning rate whatever the gradient's size.
 TOLERANCE = 1e-3
 GATE_STEPS = 5
+SAMPLES = 4096
 NEVER = 10**6
+# Tasks whose sequences all have the full length, so that a plain loop needs no mask.
+PIXELS = ("image", "pathfinder32", "pathfinder128")
 HEADER = (
     "| recipe | B, L | loop | attention | steps | ms/step | tokens/s | × plain | peak MiB "
     "| waits a step |"
@@ -65,7 +70,7 @@ class PlainEncoder(nn.Module):
         super().__init__()
         model, task = config.model, get_task(config.task)
         dim, inner = model.dim, model.heads * model.head_dim
-        self.config = model
+        self.config, self.padded = model, config.task not in PIXELS
         self.token_embedding = nn.Embedding(task.vocab_size, dim)
         self.position_embedding = nn.Embedding(config.data.sequence_length, dim)
         self.layers = nn.ModuleList(
@@ -94,10 +99,11 @@ class PlainEncoder(nn.Module):
         x = self.token_embedding(input_ids) + self.position_embedding(positions)
         x = F.dropout(x, config.dropout, self.training)
         p = config.attention_dropout if self.training else 0.0
+        mask = padding_mask[:, None, None, :] if self.padded else None
         for layer in self.layers:
             qkv = layer["qkv"](layer["attention_norm"](x)).unflatten(-1, (3, config.heads, -1))
             q, k, v = (y.transpose(1, 2) for y in qkv.unbind(dim=2))
-            out = F.scaled_dot_product_attention(q, k, v, padding_mask[:, None, None, :], p)
+            out = F.scaled_dot_product_attention(q, k, v, mask, p)
             out = layer["projection"](out.transpose(1, 2).flatten(2))
             x = x + F.dropout(out, config.dropout, self.training)
             hidden = F.gelu(layer["ffn_in"](layer["ffn_norm"](x)))
@@ -174,18 +180,19 @@ class Bench:
 
 
 def draw(config: RunConfig) -> Dataset:
-    """Return random tokens of half to full length, as a task's dataset."""
+    """Return random tokens, of half to full length where the task has padding, as a dataset."""
     task, length = get_task(config.task), config.data.sequence_length
+    shortest = length if config.task in PIXELS else length // 2
     generator = np.random.default_rng(0)
 
     def split(count: int) -> Split:
-        lengths = generator.integers(length // 2, length, count, endpoint=True, dtype=np.int32)
+        lengths = generator.integers(shortest, length, count, endpoint=True, dtype=np.int32)
         ids = generator.integers(0, min(task.vocab_size, 256), (count, length), dtype=np.uint8)
         ids[np.arange(length) >= lengths[:, None]] = 0  # padding
         labels = generator.integers(0, task.num_classes, count).astype(np.uint8)
         return Split(ids, lengths, labels)
 
-    return Dataset(split(4096), split(8), split(8), Path(), {})
+    return Dataset(split(SAMPLES), split(8), split(8), Path(), {})
 
 
 def gate(bench: Bench, recipe: str, small: bool) -> float:
