@@ -56,7 +56,9 @@ def block_sparse_attention(
             saves their work.
         backend: ``"reference"`` is the specification, the others cost in proportion to the kept
             blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
-            serve. ``"hopper"`` must be asked for (docs/kernels_hopper.md says why).
+            serve; on a GPU of compute capability 9.0 hopper instead, where its kernels serve, are
+            built (``python -m spion_ds.report`` says whether) and were measured to be faster
+            (``hopper_backend.is_faster``).
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
@@ -88,22 +90,25 @@ def block_sparse_attention(
         options = AttentionOptions(
             key_padding_mask, causal, scale, pruned, dropout_p, dropout_key, zero_padded_queries
         )
-        return _implementation(backend, q, layout)(q, k, v, layout, options)
+        return _implementation(backend, q, layout, options)(q, k, v, layout, options)
 
 
-def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:
+def _implementation(
+    backend: str, q: Tensor, layout: BlockLayout, options: AttentionOptions
+) -> Callable[..., Tensor]:
     """Return the backend's function; "auto" takes the kernels of the device where they serve."""
     if backend == "reference":
         return block_sparse_attention_reference
+    if backend == "hopper" or (backend == "auto" and q.is_cuda):
+        from spion_ds.attention import hopper_backend
+
+        if backend == "hopper" or hopper_backend.serves_auto(q, layout, options):
+            return hopper_backend.block_sparse_attention_hopper
     if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
         from spion_ds.attention import triton_backend
 
         if backend == "triton" or triton_backend.unsupported(q, layout.block) is None:
             return triton_backend.block_sparse_attention_triton
-    if backend == "hopper":
-        from spion_ds.attention import hopper_backend
-
-        return hopper_backend.block_sparse_attention_hopper
     if backend == "cpp" or (backend == "auto" and q.device.type == "cpu"):
         from spion_ds.attention import cpu_backend
 
