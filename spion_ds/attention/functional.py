@@ -93,6 +93,32 @@ def block_sparse_attention(
         return _implementation(backend, q, layout, options)(q, k, v, layout, options)
 
 
+def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = "auto") -> None:
+    """Derive now what passes over tensors like ``q`` and ``k`` need of a layout on the host.
+
+    Such a pass does that itself, once a layout and shape. But torch.compile cannot trace it and a
+    CUDA graph cannot capture it: call this before, or make one pass that is neither.
+
+    Args:
+        q: (batch, heads, L, head_dim) as in :func:`block_sparse_attention`, on the same device and
+            in the dtype that attention gets; its values are not read.
+        k: (batch, kv_heads, M, head_dim).
+        layout: as in :func:`block_sparse_attention`.
+        backend: the one that will be asked for; only hopper's kernels need something so far.
+
+    Raises:
+        ConfigError: (a ValueError) shapes, dtypes, devices, layout or backend do not fit.
+    """
+    _check_tensors(q, k, k, None)
+    _check_layout(layout, q, k, causal=False)
+    if backend not in BACKENDS:
+        raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
+    if backend == "hopper" or (backend == "auto" and q.is_cuda):
+        from spion_ds.attention import hopper_backend
+
+        hopper_backend.prepare(q, k, layout, backend)
+
+
 def _implementation(
     backend: str, q: Tensor, layout: BlockLayout, options: AttentionOptions
 ) -> Callable[..., Tensor]:

@@ -2,7 +2,9 @@
 
 They compute what triton_backend.py computes, for bf16 and fp16, head_dim 64 and 128, and blocks of
 64 and 128 tokens, without causal masking and dropout. csrc/hopper/ holds them;
-docs/kernels_hopper.md says how they work and what was measured.
+docs/kernels_hopper.md says how they work and what was measured. Under torch.compile the operators
+``spion_ds::hopper_attention_{fwd,bwd}`` stand in the graph with their gradients; in eager mode a
+Function of their own calls them, which costs the host less.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spion_ds import compiling
 from spion_ds.attention.hopper_plan import TOKENS, Problem, WorkLists, work_lists
@@ -45,12 +48,14 @@ def block_sparse_attention_hopper(
         raise ConfigError(reason)
     load()
     padding = options.key_padding_mask
-    out, _ = _fwd_op(
+    arguments = (
         *(q, k, v, *work_lists(layout, Problem.of(q, k)), padding),
         *(layout.heads > 1, options.scale, options.pruned == "zero"),
         options.zero_padded_queries and padding is not None,
     )
-    return out
+    if torch.compiler.is_compiling():
+        return _fwd_op(*arguments)[0]
+    return _BlockSparseAttention.apply(*arguments)
 
 
 def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
@@ -74,19 +79,33 @@ def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> st
 def is_faster(q: Tensor, options: AttentionOptions) -> bool:
     """Return whether ``backend="auto"`` prefers these kernels to Triton's where both serve.
 
-    Forward + backward, Triton's time over these kernels' (docs/kernels_hopper.md; H100, densities
-    .25, .10, .05): 2,8,16384,128 at blocks of 64 1.22, 1.27, -, of 128 1.24, 1.31, -;
-    2,8,16384,64 at blocks of 64 1.11, 1.02, 1.05; 8,8,4096,64 1.06, 1.07, .92. Padding is left out
-    by Triton's kernels and computed by these, and how much there is the host does not know.
+    The rule: no padding mask, and head_dim 128, or head_dim 64 and at least 8192 queries.
     """
+    # Triton's kernels leave padding out, these compute it, and how much there is only the GPU
+    # knows.
     if options.key_padding_mask is not None:
         return False
+    # Forward + backward on an H100 over dense cuDNN, theirs : Triton's, at densities .25, .10, .05
+    # (docs/kernels_hopper.md and benchmarks/results/2026-11-24-h100.md):
+    #   2,8,16384,128, block 64    .316 : .386
+    #   2,8,16384,128, block 128   .308 : .381    .137 : .179
+    #   2,8,16384,64,  block 64    .297 : .329    .139 : .142    .076 : .080
+    #   8,8,4096,64,   block 64    .333 : .353    .177 : .190    .144 : .133
     return q.shape[3] == 128 or q.shape[2] >= _LONG
 
 
 def serves_auto(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> bool:
     """Return whether ``backend="auto"`` takes these kernels; it never compiles them."""
     return unsupported(q, layout, options) is None and is_faster(q, options) and is_built()
+
+
+def prepare(q: Tensor, k: Tensor, layout: BlockLayout, backend: str) -> None:
+    """Derive the work lists of passes over ``q`` and ``k``, if these kernels can serve them."""
+    options = AttentionOptions(None, False, q.shape[3] ** -0.5, "zero", 0.0, None, False)
+    if backend == "auto" and not serves_auto(q, layout, options):
+        return
+    if unsupported(q, layout, options) is None:
+        work_lists(layout, Problem.of(q, k))
 
 
 @torch.compiler.assume_constant_result  # tracing cannot ask the driver
@@ -178,25 +197,32 @@ def _like(x: Tensor) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.settings = inputs[:-_SETTINGS], inputs[-_SETTINGS:]
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     q, k, v, *rest, out, lse = ctx.saved_tensors
     grads = _bwd_op(grad, q, k, v, out, lse, *rest, *ctx.settings)
     return (*grads, *[None] * (len(rest) + _SETTINGS))
 
 
-def _second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("block-sparse attention has no second derivative")
+class _BlockSparseAttention(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output = _fwd_op(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)
 
 
 torch.library.register_fake("spion_ds::hopper_attention_fwd", _fwd_fake, lib=_library)
 torch.library.register_fake("spion_ds::hopper_attention_bwd", _bwd_fake, lib=_library)
 torch.library.register_autograd(
     "spion_ds::hopper_attention_fwd", _backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    "spion_ds::hopper_attention_bwd", _second_derivative, lib=_library
 )

@@ -113,14 +113,14 @@ def work_lists(layout: BlockLayout, problem: Problem) -> WorkLists:
 
 @torch.compiler.disable(
     reason="the Hopper kernels' work lists depend on the layout's values; derive them before: "
-    "by a pass that is not compiled, or by SparseSelfAttention.prepare(length, device, q, k)"
+    "by prepare_layout(q, k, layout), or by SparseSelfAttention.prepare(length, device, q, k)"
 )
 @torch.inference_mode(False)  # a training step may come to read them
 def _derive(layout: BlockLayout, problem: Problem, name: tuple) -> None:
     if layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ConfigError(
             "a CUDA graph is being captured with a layout that the hopper backend meets for the "
-            f"first time with {problem}; run the step once before it is captured"
+            f"first time with {problem}; run the step once before, or call prepare_layout"
         )
     rows, columns = row_list(layout, problem), column_list(layout, problem)
     slots = torch.empty(columns.slots, dtype=torch.int32, device=layout.device)

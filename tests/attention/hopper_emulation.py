@@ -25,7 +25,6 @@ def emulated_hopper() -> Iterator[None]:
     library.impl("hopper_attention_fwd", _forward, "CPU")
     library.impl("hopper_attention_bwd", _backward, "CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hopper_backend, "_capability", lambda device: (9, 0))
         patch.setattr(hopper_backend, "is_hopper", _constant(lambda device: True))
         patch.setattr(hopper_backend, "load", _constant(lambda: True))
         patch.setattr(hopper_plan, "_multiprocessors", lambda device: 7)
