@@ -90,7 +90,9 @@ def block_sparse_attention(
         options = AttentionOptions(
             key_padding_mask, causal, scale, pruned, dropout_p, dropout_key, zero_padded_queries
         )
-        return _implementation(backend, q, layout, options)(q, k, v, layout, options)
+        if backend == "auto":
+            backend = choose_backend(q, layout, options)
+        return _implementation(backend)(q, k, v, layout, options)
 
 
 def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = "auto") -> None:
@@ -119,28 +121,43 @@ def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = 
         hopper_backend.prepare(q, k, layout, backend)
 
 
-def _implementation(
-    backend: str, q: Tensor, layout: BlockLayout, options: AttentionOptions
-) -> Callable[..., Tensor]:
-    """Return the backend's function; "auto" takes the kernels of the device where they serve."""
-    if backend == "reference":
-        return block_sparse_attention_reference
-    if backend == "hopper" or (backend == "auto" and q.is_cuda):
+def choose_backend(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str:
+    """Return the backend that ``backend="auto"`` takes: kernels of q's device where they serve."""
+    if q.is_cuda:
         from spion_ds.attention import hopper_backend
 
-        if backend == "hopper" or hopper_backend.serves_auto(q, layout, options):
-            return hopper_backend.block_sparse_attention_hopper
-    if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
+        if hopper_backend.serves_auto(q, layout, options):
+            return "hopper"
+    if q.is_cuda and HAS_TRITON:
         from spion_ds.attention import triton_backend
 
-        if backend == "triton" or triton_backend.unsupported(q, layout.block) is None:
-            return triton_backend.block_sparse_attention_triton
-    if backend == "cpp" or (backend == "auto" and q.device.type == "cpu"):
+        if triton_backend.unsupported(q, layout.block) is None:
+            return "triton"
+    if q.device.type == "cpu":
         from spion_ds.attention import cpu_backend
 
-        if backend == "cpp" or cpu_backend.unsupported(q, layout) is None:
-            return cpu_backend.block_sparse_attention_cpu
-    return block_sparse_attention_torch
+        if cpu_backend.unsupported(q, layout) is None:
+            return "cpp"
+    return "torch"
+
+
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    """Return a backend's function; what it needs is imported with it."""
+    if backend == "triton":
+        from spion_ds.attention import triton_backend
+
+        return triton_backend.block_sparse_attention_triton
+    if backend == "hopper":
+        from spion_ds.attention import hopper_backend
+
+        return hopper_backend.block_sparse_attention_hopper
+    if backend == "cpp":
+        from spion_ds.attention import cpu_backend
+
+        return cpu_backend.block_sparse_attention_cpu
+    if backend == "torch":
+        return block_sparse_attention_torch
+    return block_sparse_attention_reference
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

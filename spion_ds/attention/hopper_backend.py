@@ -86,10 +86,11 @@ def is_faster(q: Tensor, options: AttentionOptions) -> bool:
     if options.key_padding_mask is not None:
         return False
     # Forward + backward on an H100 over dense cuDNN, theirs : Triton's, at densities .25, .10, .05
-    # (docs/kernels_hopper.md and benchmarks/results/2026-11-24-h100.md):
-    #   2,8,16384,128, block 64    .316 : .386
-    #   2,8,16384,128, block 128   .308 : .381    .137 : .179
+    # (docs/kernels_hopper.md : benchmarks/results/2026-11-24-h100.md, two runs):
+    #   2,8,16384,128, block 64    .316 : .386    .141 : .172    .086 : .098
+    #   2,8,16384,128, block 128   .308 : .381    .137 : .179    .077 : .096
     #   2,8,16384,64,  block 64    .297 : .329    .139 : .142    .076 : .080
+    #   2,8,16384,64,  block 128   .294 : .334    .130 : .145    .071 : .082
     #   8,8,4096,64,   block 64    .333 : .353    .177 : .190    .144 : .133
     return q.shape[3] == 128 or q.shape[2] >= _LONG
 
