@@ -255,8 +255,8 @@ def _gpu_kernels(report: Report, no_tools: str | None) -> None:
 
 
 _TRITON_COST = (
-    'backend="auto" takes triton where they would be faster: forward + backward take a fifth to a '
-    "third longer at head_dim 128, up to a tenth at head_dim 64"
+    'backend="auto" takes triton where they would be faster: forward + backward take a '
+    "seventh to a third longer at head_dim 128, up to a seventh at head_dim 64"
 )
 _HOPPER_REMEDIES = {
     "on first use": f"python -m spion_ds.report --build compiles them, in {compiling.HOPPER.takes}",

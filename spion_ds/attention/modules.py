@@ -84,15 +84,16 @@ class SparseSelfAttention(nn.Module):
             length: tokens.
             device: of the passes.
             query, key: tensors like those of the passes, in shape, dtype and device; they are not
-                read. Hopper's kernels have lists for each batch size: without these tensors they
-                are derived by the first pass.
+                read. The Hopper kernels have lists for each batch size: without these tensors the
+                first pass derives them.
         """
         layout = self.layout(length, device)
-        if layout is None and (self.dropout_p > 0.0 or device.type == "cuda"):
+        if layout is not None:
+            if query is not None:
+                prepare_layout(query, query if key is None else key, layout, backend=self.backend)
+        elif self.dropout_p > 0.0 or device.type == "cuda":
             layout = self._full_layout(length, device)
             self._prepared[layout.num_rows, device] = layout
-        if layout is not None and query is not None:
-            prepare_layout(query, query if key is None else key, layout, backend=self.backend)
 
     @torch.compiler.disable
     def _derive(self, length: int, device: torch.device) -> BlockLayout | None:

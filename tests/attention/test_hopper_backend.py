@@ -347,6 +347,30 @@ def test_auto_follows_the_rule(call, taken, monkeypatch):
     assert auto_of(**call) != "hopper"
 
 
+@pytest.mark.gpu
+@on_hopper
+def test_auto_takes_the_kernels_once_they_are_built_compiled_or_not(device):
+    torch.compiler.reset()
+    hopper_backend.load()
+    layout = layout_of(device)
+    q, k, v = (
+        torch.randn(2, 4, LENGTH, 128, device=device, dtype=torch.bfloat16) for _ in range(3)
+    )
+    prepare_layout(q, k, layout)
+    assert layout.plans
+    expected = attend(q, k, v, layout)
+    for function in (
+        block_sparse_attention,
+        torch.compile(block_sparse_attention, backend="aot_eager", fullgraph=True),
+    ):
+        assert torch.equal(function(q, k, v, layout), expected)
+    padded = block_sparse_attention(q, k, v, layout, key_padding_mask=padding_of(device))
+    triton = block_sparse_attention(
+        q, k, v, layout, key_padding_mask=padding_of(device), backend="triton"
+    )
+    assert torch.equal(padded, triton)
+
+
 def test_what_cannot_be_prepared_is_named_and_other_backends_need_nothing():
     qkv, layout = drawn(torch.device("cpu")), layout_of(torch.device("cpu"))
     with pytest.raises(ConfigError, match="unknown attention backend 'hoper'"):
