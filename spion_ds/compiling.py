@@ -49,11 +49,15 @@ class Library:
     takes: str
     compile: Callable[[list[Path], Path], None]
 
-    def load(self, load: Callable[[Path], T]) -> T:
+    def load(self, load: Callable[[Path], T], *, compile: bool = True) -> T:
         """Return what ``load`` makes of the shipped library, else of the compiled one.
 
+        Args:
+            load: is called with the library's path.
+            compile: whether it is compiled where it was not before.
+
         Raises:
-            RuntimeError: it cannot be compiled.
+            RuntimeError: it cannot be compiled, or is not to be.
             OSError: it cannot be loaded.
         """
         shipped = self.shipped()
@@ -64,6 +68,8 @@ class Library:
                 # Built against another PyTorch: compiling for this one may still work.
                 if compiling_is_off():
                     raise
+        if not compile and not self.cached().exists():
+            raise RuntimeError(f"The {self.title} are not compiled.")
         return load(self.compiled())
 
     def shipped(self) -> Path | None:

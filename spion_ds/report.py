@@ -1,7 +1,7 @@
 """What is installed here, what serves attention on which device, and what missing things cost.
 
 python -m spion_ds.report            # compiles nothing
-python -m spion_ds.report --build    # compiles the operators, and says how long C++ took
+python -m spion_ds.report --build    # compiles the operators, and says how long that took
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import torch
 
 import spion_ds
 from spion_ds import compiling, extension
+from spion_ds.attention import hopper_backend
 from spion_ds.attention.dropout import HAS_TRITON
+from spion_ds.errors import ConfigError
 
 _PACKAGES = ("triton", "deepspeed", "mpi4py", "transformers")
 _PYTHON_COST = (
@@ -66,20 +68,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m spion_ds.report", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--build", action="store_true", help="compile the C++ operators first")
+    parser.add_argument("--build", action="store_true", help="compile the operators first")
     options = parser.parse_args(arguments)
-    failed = False
-    if options.build:
-        start = time.perf_counter()
-        reason = _load_operators()
-        took = time.perf_counter() - start
-        failed = reason is not None
-        print(reason or f"the C++ operators are loaded; it took {took:.1f} s", end="\n\n")
-        if torch.cuda.is_available():
-            extension.cuda_operators_available()
+    failed = options.build and not _build()
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(describe().text(colours))
     return int(failed)
+
+
+def _build() -> bool:
+    """Compile what this machine can use and has not, and say so; return whether all of it loads."""
+    nvcc = compiling.find_nvcc() is not None
+    libraries = (
+        (compiling.CPP, _load_operators, True),
+        (compiling.CUDA, _load_cuda_operators, nvcc and torch.cuda.is_available()),
+        (compiling.HOPPER, _load_hopper_kernels, nvcc and _has_hopper()),
+    )
+    built = True
+    for library, load, wanted in libraries:
+        if not wanted:
+            continue
+        start = time.perf_counter()
+        reason = load()
+        took = time.perf_counter() - start
+        built &= reason is None
+        print(reason or f"the {library.title} are loaded; it took {took:.1f} s")
+    print()
+    return built
 
 
 def describe() -> Report:
@@ -162,9 +177,9 @@ def _tools(report: Report) -> str | None:
         why = why or "there is no ninja"
     nvcc = compiling.find_nvcc()
     missing = (
-        "flood fill runs on the CPU (10 ms a layer at 1024 blocks a side), and "
-        'backend="hopper" does not run; install the CUDA toolkit 12.3 or newer, or a wheel that '
-        "was built with it and SPION_DS_PREBUILD=1"
+        "flood fill runs on the CPU (10 ms a layer at 1024 blocks a side), and the Hopper kernels "
+        "cannot be compiled; install the CUDA toolkit 12.3 or newer, or a wheel that was built "
+        "with it and SPION_DS_PREBUILD=1"
     )
     needed = nvcc is None and torch.cuda.is_available() and compiling.CUDA.shipped() is None
     report.add("tools", "nvcc", nvcc or "not found", missing if needed else None)
@@ -221,21 +236,33 @@ def _gpu_kernels(report: Report, no_tools: str | None) -> None:
         found = "for CUDA devices, of which there is none"
     report.add("operators", "Triton kernels", found)
     no_nvcc = "there is no nvcc" if compiling.find_nvcc() is None else None
-    for name, library, tools, devices, present in (
-        ("CUDA operators", compiling.CUDA, no_nvcc, "CUDA devices", torch.cuda.is_available()),
-        (
-            "Hopper kernels",
-            compiling.HOPPER,
-            no_nvcc or no_tools,
-            "GPUs of compute capability 9.0",
-            _has_hopper(),
-        ),
-    ):
-        if present or library.shipped() is not None:
-            found, _ = _found(library, tools)
-        else:
-            found = f"for {devices}, of which there is none"
-        report.add("operators", name, found)
+    cuda, hopper = torch.cuda.is_available(), _has_hopper()
+    if cuda or compiling.CUDA.shipped() is not None:
+        found, _ = _found(compiling.CUDA, no_nvcc)
+    else:
+        found = "for CUDA devices, of which there is none"
+    report.add("operators", "CUDA operators", found)
+    missing = None
+    if hopper or compiling.HOPPER.shipped() is not None:
+        found, state = _found(compiling.HOPPER, no_nvcc or no_tools)
+        if state == "on first use":
+            found = "not compiled"
+        if hopper and state != "there":
+            missing = f"{_TRITON_COST}; {_HOPPER_REMEDIES.get(state) or _REMEDIES[state]}"
+    else:
+        found = "for GPUs of compute capability 9.0, of which there is none"
+    report.add("operators", "Hopper kernels", found, missing)
+
+
+_TRITON_COST = (
+    'backend="auto" takes triton where they would be faster: forward + backward take a '
+    "seventh to a third longer at head_dim 128, up to a seventh at head_dim 64"
+)
+_HOPPER_REMEDIES = {
+    "on first use": f"python -m spion_ds.report --build compiles them, in {compiling.HOPPER.takes}",
+    "no tools": "install the CUDA toolkit 12.3 or newer, a C++ compiler and ninja, or a wheel "
+    "that was built with them and SPION_DS_PREBUILD=1",
+}
 
 
 def _backends(report: Report, operators: bool) -> None:
@@ -251,13 +278,21 @@ def _backends(report: Report, operators: bool) -> None:
         return
     found = "triton: blocks of 16 to 128, head_dim to 256, bf16, fp16, fp32 (others: torch)"
     report.add(section, "cuda", found)
-    if _has_hopper():
-        report.add(section, "", 'hopper serves only when asked for: backend="hopper"')
+    if _has_hopper() and _is_there(compiling.HOPPER):
+        found = (
+            "hopper before it: bf16, fp16, blocks of 64 and 128, head_dim 128, and 64 from 8192 "
+            "tokens on; without padding mask, causal mask and dropout"
+        )
+        report.add(section, "", found)
 
 
 def _has_hopper() -> bool:
     count = torch.cuda.device_count()
     return any(torch.cuda.get_device_capability(index) == (9, 0) for index in range(count))
+
+
+def _is_there(library: compiling.Library) -> bool:
+    return _found(library, None)[1] == "there"
 
 
 def _load_operators() -> str | None:
@@ -268,6 +303,18 @@ def _load_operators() -> str | None:
             return None
     said = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
     return said[-1] if said else "the C++ operators are not available"
+
+
+def _load_cuda_operators() -> str | None:
+    return None if extension.cuda_operators_available() else "the CUDA operators are not available"
+
+
+def _load_hopper_kernels() -> str | None:
+    try:
+        hopper_backend.load()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _first_line(*command: str) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from spion_ds import compiling, extension, report
+from spion_ds.attention import hopper_backend
+from spion_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,6 +108,46 @@ def test_it_says_which_libraries_are_prebuilt(tmp_path, monkeypatch):
     report._gpu_kernels(found, None)
     lines = dict(found.sections["operators"])
     assert lines["CUDA operators"] == f"built into the package, {tmp_path / '_cuda.so'}"
+
+
+def test_hopper_kernels_that_are_not_built_have_a_cost_and_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(compiling, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(report, "_has_hopper", lambda: True)
+    monkeypatch.setattr(report, "HAS_TRITON", True)
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("SPION_DS_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPION_DS_NO_COMPILE", raising=False)
+    found = report.Report()
+    report._gpu_kernels(found, None)
+    report._backends(found, True)
+    assert dict(found.sections["operators"])["Hopper kernels"] == "not compiled"
+    [missing] = found.missing
+    assert missing.startswith('Hopper kernels: backend="auto" takes triton')
+    assert "python -m spion_ds.report --build" in missing
+    assert "hopper" not in found.text().split("missing")[0].split("auto")[1]
+    (tmp_path / "_hopper.so").touch()
+    found = report.Report()
+    report._gpu_kernels(found, None)
+    report._backends(found, True)
+    assert found.missing == []
+    assert "hopper before it" in found.text()
+
+
+def test_build_compiles_hopper_kernels_where_they_can_run(monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(report, "_has_hopper", lambda: True)
+    monkeypatch.setattr(extension, "operators_available", lambda: True)
+
+    def fail() -> None:
+        raise ConfigError("nvcc is too old")
+
+    monkeypatch.setattr(hopper_backend, "load", fail)
+    assert report.main(["--build"]) == 1
+    assert "nvcc is too old" in capsys.readouterr().out
+    monkeypatch.setattr(hopper_backend, "load", lambda: True)
+    assert report.main(["--build"]) == 0
+    assert "the Hopper kernels are loaded; it took" in capsys.readouterr().out
 
 
 def test_nvcc_is_missed_only_where_nothing_is_prebuilt(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Computing attention with a block layout, and watching where dense attention goes."""
 
-from spion_ds.attention.functional import block_sparse_attention
+from spion_ds.attention.functional import block_sparse_attention, prepare_layout
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.learned_pattern import LearnedPattern
 from spion_ds.attention.maps import AttentionMapAccumulator, attention_map, attention_skewness
@@ -16,4 +16,5 @@ __all__ = [
     "attention_map",
     "attention_skewness",
     "block_sparse_attention",
+    "prepare_layout",
 ]

@@ -56,7 +56,9 @@ def block_sparse_attention(
             saves their work.
         backend: ``"reference"`` is the specification, the others cost in proportion to the kept
             blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
-            serve. ``"hopper"`` must be asked for (docs/kernels_hopper.md says why).
+            serve; on a GPU of compute capability 9.0 hopper instead, where its kernels serve, are
+            built (``python -m spion_ds.report`` says whether) and were measured to be faster
+            (``hopper_backend.is_faster``).
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
@@ -88,28 +90,74 @@ def block_sparse_attention(
         options = AttentionOptions(
             key_padding_mask, causal, scale, pruned, dropout_p, dropout_key, zero_padded_queries
         )
-        return _implementation(backend, q, layout)(q, k, v, layout, options)
+        if backend == "auto":
+            backend = choose_backend(q, layout, options)
+        return _implementation(backend)(q, k, v, layout, options)
 
 
-def _implementation(backend: str, q: Tensor, layout: BlockLayout) -> Callable[..., Tensor]:
-    """Return the backend's function; "auto" takes the kernels of the device where they serve."""
-    if backend == "reference":
-        return block_sparse_attention_reference
-    if backend == "triton" or (backend == "auto" and q.is_cuda and HAS_TRITON):
+def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = "auto") -> None:
+    """Derive now what passes over tensors like ``q`` and ``k`` need of a layout on the host.
+
+    Such a pass does that itself, once a layout and shape. But torch.compile cannot trace it and a
+    CUDA graph cannot capture it: call this before, or make one pass that is neither.
+
+    Args:
+        q: (batch, heads, L, head_dim) as in :func:`block_sparse_attention`, on the same device and
+            in the dtype that attention gets; its values are not read.
+        k: (batch, kv_heads, M, head_dim).
+        layout: as in :func:`block_sparse_attention`.
+        backend: the one that will be asked for; only hopper's kernels need something so far.
+
+    Raises:
+        ConfigError: (a ValueError) shapes, dtypes, devices, layout or backend do not fit.
+    """
+    _check_tensors(q, k, k, None)
+    _check_layout(layout, q, k, causal=False)
+    if backend not in BACKENDS:
+        raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
+    if backend == "hopper" or (backend == "auto" and q.is_cuda):
+        from spion_ds.attention import hopper_backend
+
+        hopper_backend.prepare(q, k, layout, backend)
+
+
+def choose_backend(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str:
+    """Return the backend that ``backend="auto"`` takes: kernels of q's device where they serve."""
+    if q.is_cuda:
+        from spion_ds.attention import hopper_backend
+
+        if hopper_backend.serves_auto(q, layout, options):
+            return "hopper"
+    if q.is_cuda and HAS_TRITON:
         from spion_ds.attention import triton_backend
 
-        if backend == "triton" or triton_backend.unsupported(q, layout.block) is None:
-            return triton_backend.block_sparse_attention_triton
+        if triton_backend.unsupported(q, layout.block) is None:
+            return "triton"
+    if q.device.type == "cpu":
+        from spion_ds.attention import cpu_backend
+
+        if cpu_backend.unsupported(q, layout) is None:
+            return "cpp"
+    return "torch"
+
+
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    """Return a backend's function; what it needs is imported with it."""
+    if backend == "triton":
+        from spion_ds.attention import triton_backend
+
+        return triton_backend.block_sparse_attention_triton
     if backend == "hopper":
         from spion_ds.attention import hopper_backend
 
         return hopper_backend.block_sparse_attention_hopper
-    if backend == "cpp" or (backend == "auto" and q.device.type == "cpu"):
+    if backend == "cpp":
         from spion_ds.attention import cpu_backend
 
-        if backend == "cpp" or cpu_backend.unsupported(q, layout) is None:
-            return cpu_backend.block_sparse_attention_cpu
-    return block_sparse_attention_torch
+        return cpu_backend.block_sparse_attention_cpu
+    if backend == "torch":
+        return block_sparse_attention_torch
+    return block_sparse_attention_reference
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:

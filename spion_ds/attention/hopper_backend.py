@@ -2,7 +2,9 @@
 
 They compute what triton_backend.py computes, for bf16 and fp16, head_dim 64 and 128, and blocks of
 64 and 128 tokens, without causal masking and dropout. csrc/hopper/ holds them;
-docs/kernels_hopper.md says how they work and what was measured.
+docs/kernels_hopper.md says how they work and what was measured. Under torch.compile the operators
+``spion_ds::hopper_attention_{fwd,bwd}`` stand in the graph with their gradients; in eager mode a
+Function of their own calls them, which costs the host less.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spion_ds import compiling
-from spion_ds.attention.hopper_plan import column_list, row_list
+from spion_ds.attention.hopper_plan import TOKENS, Problem, WorkLists, work_lists
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
@@ -23,41 +25,8 @@ from spion_ds.errors import ConfigError
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _BLOCKS = (64, 128)
-
-
-def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
-    """Return why there is no kernel for such a call, None if there is."""
-    if q.dtype not in _DTYPES or q.shape[3] not in _HEAD_DIMS:
-        return (
-            f"the hopper backend takes bf16 and fp16 with head_dim 64 and 128; got {q.dtype} with "
-            f"head_dim {q.shape[3]}"
-        )
-    if layout.block not in _BLOCKS:
-        return f"the hopper backend has kernels for blocks of {_BLOCKS}; got {layout.block}"
-    if options.causal or options.dropout_p > 0.0:
-        return "the hopper backend has no causal masking and no dropout"
-    if options.scale <= 0.0:
-        return f"the hopper backend takes a scale above 0; got {options.scale}"
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return f"the hopper backend runs on GPUs of compute capability 9.0; q is on {q.device}"
-    return None
-
-
-@functools.cache
-def load() -> None:
-    """Load the operators on the first call, compiling them if need be.
-
-    Raises:
-        ConfigError: the compiler is missing or fails.
-    """
-    try:
-        compiling.HOPPER.load(torch.ops.load_library)
-    except (RuntimeError, OSError, ImportError) as error:
-        why = compiling.reason(error).splitlines()[0]
-        raise ConfigError(
-            f"the hopper backend could not be compiled or loaded ({why}); it needs nvcc 12.3 or "
-            'newer, a C++ compiler and ninja; backend="triton" needs none'
-        ) from error
+# From how many queries on they are faster at head_dim 64.
+_LONG = 8192
 
 
 def block_sparse_attention_hopper(
@@ -78,56 +47,183 @@ def block_sparse_attention_hopper(
     if reason is not None:
         raise ConfigError(reason)
     load()
-    q, k, v = (_copyable(x) for x in (q, k, v))
-    out = _BlockSparseAttention.apply(
-        *(q, k, v, layout, options.scale, options.pruned == "zero", options.key_padding_mask)
+    padding = options.key_padding_mask
+    arguments = (
+        *(q, k, v, *work_lists(layout, Problem.of(q, k)), padding),
+        *(layout.heads > 1, options.scale, options.pruned == "zero"),
+        options.zero_padded_queries and padding is not None,
     )
-    return options.zeroed(out)
+    if torch.compiler.is_compiling():
+        return _fwd_op(*arguments)[0]
+    return _BlockSparseAttention.apply(*arguments)
+
+
+def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
+    """Return why there is no kernel for such a call, None if there is."""
+    if q.dtype not in _DTYPES or q.shape[3] not in _HEAD_DIMS:
+        return (
+            f"the hopper backend takes bf16 and fp16 with head_dim 64 and 128; got {q.dtype} with "
+            f"head_dim {q.shape[3]}"
+        )
+    if layout.block not in _BLOCKS:
+        return f"the hopper backend has kernels for blocks of {_BLOCKS}; got {layout.block}"
+    if options.causal or options.dropout_p > 0.0:
+        return "the hopper backend has no causal masking and no dropout"
+    if options.scale <= 0.0:
+        return f"the hopper backend takes a scale above 0; got {options.scale}"
+    if not is_hopper(q.device):
+        return f"the hopper backend runs on GPUs of compute capability 9.0; q is on {q.device}"
+    return None
+
+
+def is_faster(q: Tensor, options: AttentionOptions) -> bool:
+    """Return whether ``backend="auto"`` prefers these kernels to Triton's where both serve.
+
+    The rule: no padding mask, and head_dim 128, or head_dim 64 and at least 8192 queries.
+    """
+    # Triton's kernels leave padding out, these compute it, and how much there is only the GPU
+    # knows.
+    if options.key_padding_mask is not None:
+        return False
+    # Forward + backward on an H100 over dense cuDNN, theirs : Triton's, at densities .25, .10, .05
+    # (docs/kernels_hopper.md : benchmarks/results/2026-11-24-h100.md, two runs):
+    #   2,8,16384,128, block 64    .316 : .386    .141 : .172    .086 : .098
+    #   2,8,16384,128, block 128   .308 : .381    .137 : .179    .077 : .096
+    #   2,8,16384,64,  block 64    .297 : .329    .139 : .142    .076 : .080
+    #   2,8,16384,64,  block 128   .294 : .334    .130 : .145    .071 : .082
+    #   8,8,4096,64,   block 64    .333 : .353    .177 : .190    .144 : .133
+    return q.shape[3] == 128 or q.shape[2] >= _LONG
+
+
+def serves_auto(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> bool:
+    """Return whether ``backend="auto"`` takes these kernels; it never compiles them."""
+    return unsupported(q, layout, options) is None and is_faster(q, options) and is_built()
+
+
+def prepare(q: Tensor, k: Tensor, layout: BlockLayout, backend: str) -> None:
+    """Derive the work lists of passes over ``q`` and ``k``, if these kernels can serve them."""
+    options = AttentionOptions(None, False, q.shape[3] ** -0.5, "zero", 0.0, None, False)
+    if backend == "auto" and not serves_auto(q, layout, options):
+        return
+    if unsupported(q, layout, options) is None:
+        work_lists(layout, Problem.of(q, k))
+
+
+@torch.compiler.assume_constant_result  # tracing cannot ask the driver
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a device has compute capability 9.0."""
+    return device.type == "cuda" and _capability(device) == (9, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result  # tracing cannot load libraries
+def load() -> bool:
+    """Load the kernels on the first call, compiling them if need be; return True.
+
+    Raises:
+        ConfigError: the compiler is missing or fails.
+    """
+    return _load()
+
+
+@torch.compiler.assume_constant_result
+def is_built() -> bool:
+    """Return whether the kernels were compiled before, and load them; asked once a process."""
+    return _is_built()
+
+
+@functools.cache
+def _load() -> bool:
+    try:
+        compiling.HOPPER.load(torch.ops.load_library)
+    except (RuntimeError, OSError, ImportError) as error:
+        why = compiling.reason(error).splitlines()[0]
+        raise ConfigError(
+            f"the hopper backend could not be compiled or loaded ({why}); it needs nvcc 12.3 or "
+            'newer, a C++ compiler and ninja; backend="triton" needs none'
+        ) from error
+    _is_built.cache_clear()
+    return True
+
+
+@functools.cache
+def _is_built() -> bool:
+    try:
+        compiling.HOPPER.load(torch.ops.load_library, compile=False)
+    except (RuntimeError, OSError):
+        return False
+    return True
+
+
+_LISTS = ", ".join(f"Tensor {name}" for name in WorkLists._fields)
+_REST = "Tensor? padding, bool per_head, float scale, bool pruned_zero, bool skip_padded"
+_SETTINGS = 4  # of these, past the tensors
+# Inductor hands over the strides of eager mode, which the fakes below count on.
+_STRIDES = torch.Tag.needs_exact_strides
+# csrc/hopper/binding.cpp implements both.
+_library = torch.library.Library("spion_ds", "FRAGMENT")
+_library.define(
+    f"hopper_attention_fwd(Tensor q, Tensor k, Tensor v, {_LISTS}, {_REST})"
+    " -> (Tensor out, Tensor lse)",
+    tags=_STRIDES,
+)
+_library.define(
+    "hopper_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LISTS}, {_REST}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_STRIDES,
+)
+_fwd_op = torch.ops.spion_ds.hopper_attention_fwd.default
+_bwd_op = torch.ops.spion_ds.hopper_attention_bwd.default
+
+
+def _fwd_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    padded = -(-q.shape[2] // TOKENS) * TOKENS
+    return _like(q), q.new_empty((*q.shape[:2], padded), dtype=torch.float32)
+
+
+def _bwd_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _like(q), _like(k), _like(v)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return memory for what has the shape of ``x``, where the copy engine can follow it."""
+    strides = zip(x.shape[:3], x.stride()[:3], strict=True)
+    copyable = x.stride(3) == 1 and all(n <= 1 or (s > 0 and s % 8 == 0) for n, s in strides)
+    return torch.empty_like(x) if copyable else x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.settings = inputs[:-_SETTINGS], inputs[-_SETTINGS:]
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    q, k, v, *rest, out, lse = ctx.saved_tensors
+    grads = _bwd_op(grad, q, k, v, out, lse, *rest, *ctx.settings)
+    return (*grads, *[None] * (len(rest) + _SETTINGS))
 
 
 class _BlockSparseAttention(torch.autograd.Function):
+    """The eager path."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: BlockLayout,
-        scale: float,
-        pruned_zero: bool,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
-        rows = row_list(layout, batch, heads, queries, keys, head_dim)
-        bits = counts = None
-        if key_padding_mask is not None:
-            bits, counts = torch.ops.spion_ds.hopper_pack_padding(key_padding_mask.contiguous())
-        out, lse = torch.ops.spion_ds.hopper_attention_fwd(
-            *(q, k, v, rows.items, rows.entries, rows.starts, bits, counts),
-            *(layout.heads > 1, scale, pruned_zero),
-        )
-        ctx.layout, ctx.scale = layout, scale
-        ctx.save_for_backward(q, k, v, out, lse, bits, counts)
-        return out
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output = _fwd_op(*arguments)
+        _setup_context(ctx, arguments, output)
+        return output[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, bits, counts = ctx.saved_tensors
-        layout = ctx.layout
-        (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
-        rows = row_list(layout, batch, heads, queries, keys, head_dim)
-        columns = column_list(layout, batch, heads, kv_heads, queries, keys, head_dim)
-        dq, dk, dv = torch.ops.spion_ds.hopper_attention_bwd(
-            *(q, k, v, out, _copyable(grad_out), lse, rows.items, rows.entries, rows.starts),
-            *(columns.items, columns.entries, columns.starts, columns.splits, columns.slots),
-            *(bits, counts, layout.heads > 1, ctx.scale),
-        )
-        return dq, dk, dv, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)
 
 
-def _copyable(x: Tensor) -> Tensor:
-    """Return ``x``, or a contiguous copy where the copy engine cannot follow its strides."""
-    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    fits = x.stride(3) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
-    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
+torch.library.register_fake("spion_ds::hopper_attention_fwd", _fwd_fake, lib=_library)
+torch.library.register_fake("spion_ds::hopper_attention_bwd", _bwd_fake, lib=_library)
+torch.library.register_autograd(
+    "spion_ds::hopper_attention_fwd", _backward, setup_context=_setup_context, lib=_library
+)

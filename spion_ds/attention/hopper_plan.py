@@ -10,11 +10,13 @@ import functools
 import heapq
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.errors import ConfigError
 
 TOKENS = 64
 _MASK_BITS = 3
@@ -31,7 +33,7 @@ _ITEM_TILES = 2
 _FEW_ITEMS = 20_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorkList:
     """What the workgroups of one kernel do; int32 tensors on the layout's device.
 
@@ -60,6 +62,78 @@ class WorkList:
         return WorkList(items, entries, starts, splits, self.slots)
 
 
+class WorkLists(NamedTuple):
+    """What the operators take of a layout, in their order; int32 on the layout's device.
+
+    The tensors of the two :class:`WorkList`; ``column_slots`` (slots,) is only a length. A number
+    would be a constant of a compiled graph, the size of a tensor may change.
+    """
+
+    row_items: Tensor
+    row_entries: Tensor
+    row_starts: Tensor
+    column_items: Tensor
+    column_entries: Tensor
+    column_starts: Tensor
+    column_splits: Tensor
+    column_slots: Tensor
+
+
+class Problem(NamedTuple):
+    """The sizes that work lists depend on, besides the layout."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> Problem:
+        """Return that of q (B, H, L, D) and k (B, kv_heads, M, D)."""
+        batch, heads, queries, head_dim = q.shape
+        return cls(batch, heads, k.shape[1], queries, k.shape[2], head_dim)
+
+
+def work_lists(layout: BlockLayout, problem: Problem) -> WorkLists:
+    """Return the work of all kernels; derived once a layout and problem, kept with the layout.
+
+    Deriving it takes 10 to 20 ms on the host. Neither torch.compile nor a CUDA graph can
+    do that: there it must have come before, or the first breaks its graph.
+
+    Raises:
+        ConfigError: it was not derived before a CUDA graph is captured.
+    """
+    name = ("hopper", *problem)
+    if name not in layout.plans:
+        _derive(layout, problem, name)
+    return layout.plans[name]
+
+
+@torch.compiler.disable(
+    reason="the Hopper kernels' work lists depend on the layout's values; derive them before: "
+    "by prepare_layout(q, k, layout), or by SparseSelfAttention.prepare(length, device, q, k)"
+)
+@torch.inference_mode(False)  # a training step may come to read them
+def _derive(layout: BlockLayout, problem: Problem, name: tuple) -> None:
+    if layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            "a CUDA graph is being captured with a layout that the hopper backend meets for the "
+            f"first time with {problem}; run the step once before, or call prepare_layout"
+        )
+    rows, columns = row_list(layout, problem), column_list(layout, problem)
+    slots = torch.empty(columns.slots, dtype=torch.int32, device=layout.device)
+    lists = WorkLists(
+        *(rows.items, rows.entries, rows.starts),
+        *(columns.items, columns.entries, columns.starts, columns.splits, slots),
+    )
+    # torch.compile shall not trace again for a layout that keeps more or fewer blocks.
+    for tensor in lists:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    layout.plans[name] = lists
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -70,72 +144,58 @@ def owners(head_dim: int) -> int:
     return 3 if head_dim == 64 else 2
 
 
-def row_list(
-    layout: BlockLayout, batch: int, heads: int, queries: int, keys: int, head_dim: int
-) -> WorkList:
+def row_list(layout: BlockLayout, problem: Problem) -> WorkList:
     """Return the work of the forward and dQ kernels: query blocks own, key blocks are partners.
 
     Owners are numbered head * query blocks + block, head 0 for a shared layout.
     """
+    batch, heads, _, queries, keys, head_dim = problem
     rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
-    name = ("hopper", "rows", owners(head_dim), batch, heads, rows, columns)
-    if name not in layout.plans:
-        head, row, column = _kept_blocks(layout, rows, columns)
-        layout.plans[name] = _work_list(
-            head * rows + row,
-            column,
-            owner_heads=layout.heads,
-            owner_blocks=rows,
-            partner_blocks=columns,
-            copies=batch * (1 if layout.heads > 1 else heads),
-            workgroups=_multiprocessors(layout.device),
-            owners_an_item=owners(head_dim),
-            longest=None,
-        ).to(layout.device)
-    return layout.plans[name]
+    head, row, column = _kept_blocks(layout, rows, columns)
+    return _work_list(
+        head * rows + row,
+        column,
+        owner_heads=layout.heads,
+        owner_blocks=rows,
+        partner_blocks=columns,
+        copies=batch * (1 if layout.heads > 1 else heads),
+        workgroups=_multiprocessors(layout.device),
+        owners_an_item=owners(head_dim),
+        longest=None,
+    ).to(layout.device)
 
 
-def column_list(
-    layout: BlockLayout,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    queries: int,
-    keys: int,
-    head_dim: int,
-) -> WorkList:
+def column_list(layout: BlockLayout, problem: Problem) -> WorkList:
     """Return the work of the dK, dV kernel: key blocks own, query blocks are partners.
 
     Owners are numbered kv_head * key blocks + block, kv_head 0 for a shared layout; partners
     member * query blocks + block, the member being the query head within the kv head's group.
     """
+    batch, heads, kv_heads, queries, keys, head_dim = problem
     rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
-    name = ("hopper", "columns", owners(head_dim), batch, heads, kv_heads, rows, columns)
-    if name not in layout.plans:
-        head, row, column = _kept_blocks(layout, rows, columns)
-        group = heads // kv_heads
-        if layout.heads > 1:
-            owner, partner = head // group * columns + column, head % group * rows + row
-        else:
-            owner = column.repeat(group)
-            partner = (torch.arange(group)[:, None] * rows + row).flatten()
-        copies = batch * (1 if layout.heads > 1 else kv_heads)
-        workgroups = _multiprocessors(layout.device)
-        length = torch.bincount(owner, minlength=1)
-        typical = length[length > 0].median().item() if owner.numel() else 0
-        share = owner.numel() * copies / (workgroups * owners(head_dim))
-        layout.plans[name] = _work_list(
-            owner,
-            partner,
-            owner_heads=kv_heads if layout.heads > 1 else 1,
-            owner_blocks=columns,
-            partner_blocks=rows * group,
-            copies=copies,
-            workgroups=workgroups,
-            owners_an_item=owners(head_dim),
-            longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
-        ).to(layout.device)
-    return layout.plans[name]
+    head, row, column = _kept_blocks(layout, rows, columns)
+    group = heads // kv_heads
+    if layout.heads > 1:
+        owner, partner = head // group * columns + column, head % group * rows + row
+    else:
+        owner = column.repeat(group)
+        partner = (torch.arange(group)[:, None] * rows + row).flatten()
+    copies = batch * (1 if layout.heads > 1 else kv_heads)
+    workgroups = _multiprocessors(layout.device)
+    length = torch.bincount(owner, minlength=1)
+    typical = length[length > 0].median().item() if owner.numel() else 0
+    share = owner.numel() * copies / (workgroups * owners(head_dim))
+    return _work_list(
+        owner,
+        partner,
+        owner_heads=kv_heads if layout.heads > 1 else 1,
+        owner_blocks=columns,
+        partner_blocks=rows * group,
+        copies=copies,
+        workgroups=workgroups,
+        owners_an_item=owners(head_dim),
+        longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
+    ).to(layout.device)
 
 
 def _kept_blocks(layout: BlockLayout, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

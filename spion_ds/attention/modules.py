@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spion_ds.attention.dropout import HAS_TRITON
-from spion_ds.attention.functional import block_sparse_attention
+from spion_ds.attention.functional import block_sparse_attention, prepare_layout
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.maps import AttentionMapAccumulator
 from spion_ds.attention.options import zero_padding
@@ -68,13 +68,30 @@ class SparseSelfAttention(nn.Module):
             self._layouts[length, device] = self._derive(length, device)
         return self._layouts[length, device]
 
-    def prepare(self, length: int, device: torch.device) -> None:
+    def prepare(
+        self,
+        length: int,
+        device: torch.device,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> None:
         """Derive now what passes over ``length`` tokens need.
 
         A pass does that itself, but where torch.compile traces it the graph breaks there: call
         this before the first compiled pass, and again after a new pattern.
+
+        Args:
+            length: tokens.
+            device: of the passes.
+            query, key: tensors like those of the passes, in shape, dtype and device; they are not
+                read. The Hopper kernels have lists for each batch size: without these tensors the
+                first pass derives them.
         """
-        if self.layout(length, device) is None and (self.dropout_p > 0.0 or device.type == "cuda"):
+        layout = self.layout(length, device)
+        if layout is not None:
+            if query is not None:
+                prepare_layout(query, query if key is None else key, layout, backend=self.backend)
+        elif self.dropout_p > 0.0 or device.type == "cuda":
             layout = self._full_layout(length, device)
             self._prepared[layout.num_rows, device] = layout
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import hopper_plan
-from spion_ds.attention.hopper_plan import WorkList, column_list, row_list
+from spion_ds.attention.hopper_plan import Problem, WorkList, column_list, row_list, work_lists
 from spion_ds.attention.layout import BlockLayout
 
 # (layout heads, heads, kv_heads, queries, keys, block, head_dim)
@@ -59,9 +59,9 @@ def pairs(work: WorkList) -> Counter:
 
 @pytest.mark.parametrize("case", CASES)
 def test_row_lists_hold_each_kept_block_once_a_copy(case: tuple[int, ...]) -> None:
-    layout_heads, heads, _, queries, keys, block, head_dim = case
+    layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
     layout = make_layout(layout_heads, queries, keys, block)
-    work = row_list(layout, BATCH, heads, queries, keys, head_dim)
+    work = row_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
     copies = BATCH * (1 if layout_heads > 1 else heads)
     rows = -(-queries // 64)
     kept = kept_blocks(layout, queries, keys).tolist()
@@ -73,7 +73,7 @@ def test_row_lists_hold_each_kept_block_once_a_copy(case: tuple[int, ...]) -> No
 def test_column_lists_hold_each_kept_block_once_a_copy(case: tuple[int, ...]) -> None:
     layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
     layout = make_layout(layout_heads, queries, keys, block)
-    work = column_list(layout, BATCH, heads, kv_heads, queries, keys, head_dim)
+    work = column_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
     rows, columns, group = -(-queries // 64), -(-keys // 64), heads // kv_heads
     expected = set()
     for h, i, j in kept_blocks(layout, queries, keys).tolist():
@@ -91,7 +91,7 @@ def test_every_block_is_written_once_and_cut_blocks_have_all_their_slots(
 ) -> None:
     layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
     layout = make_layout(layout_heads, queries, keys, block)
-    work = column_list(layout, BATCH, heads, kv_heads, queries, keys, head_dim)
+    work = column_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
     slots: dict[tuple[int, int], list[int]] = {}
     for _, _, copy, *rest in work.items.tolist():
         for owner, slot in zip(rest[:3], rest[3:6], strict=True):
@@ -107,10 +107,31 @@ def test_every_block_is_written_once_and_cut_blocks_have_all_their_slots(
 
 def test_work_is_dealt_evenly() -> None:
     layout = make_layout(1, 16384, 16384, 64)
-    work = column_list(layout, 2, 8, 8, 16384, 16384, 64)
+    work = column_list(layout, Problem(2, 8, 8, 16384, 16384, 64))
     worker = torch.repeat_interleave(
         torch.arange(work.starts.numel() - 1), work.starts.diff().long()
     )
     entries = torch.zeros(work.starts.numel() - 1).index_add_(0, worker, work.items[:, 1].float())
     # Hot columns have ten times a common column's blocks; without cutting and dealing this is 2.
     assert entries.max() < 1.15 * entries.mean()
+
+
+def test_lists_are_derived_once_a_batch_size_and_their_lengths_may_change_in_a_graph() -> None:
+    layout = make_layout(1, 300, 300, 64)
+    whole = Problem(4, 2, 2, 300, 300, 64)
+    lists = work_lists(layout, whole)
+    last = work_lists(layout, whole._replace(batch=3))
+    assert last is not lists
+    for _ in range(2):
+        assert work_lists(layout, whole) is lists
+        assert work_lists(layout, whole._replace(batch=3)) is last
+    columns = column_list(layout, whole)
+    assert lists.column_slots.shape == (columns.slots,)
+    assert all(hasattr(tensor, "_dynamo_weak_dynamic_indices") for tensor in lists)
+
+
+def test_lists_that_an_evaluation_derived_serve_training() -> None:
+    layout = make_layout(1, 300, 300, 64)
+    with torch.inference_mode():
+        lists = work_lists(layout, Problem(1, 2, 2, 300, 300, 64))
+    assert not any(tensor.is_inference() for tensor in lists)
