@@ -48,8 +48,6 @@ TOLERANCE = 1e-3
 GATE_STEPS = 5
 SAMPLES = 4096
 NEVER = 10**6
-# Tasks whose sequences all have the full length, so that a plain loop needs no mask.
-PIXELS = ("image", "pathfinder32", "pathfinder128")
 HEADER = (
     "| recipe | B, L | loop | attention | steps | ms/step | tokens/s | × plain | peak MiB "
     "| waits a step |"
@@ -70,7 +68,7 @@ class PlainEncoder(nn.Module):
         super().__init__()
         model, task = config.model, get_task(config.task)
         dim, inner = model.dim, model.heads * model.head_dim
-        self.config, self.padded = model, config.task not in PIXELS
+        self.config, self.padded = model, task.padded
         self.token_embedding = nn.Embedding(task.vocab_size, dim)
         self.position_embedding = nn.Embedding(config.data.sequence_length, dim)
         self.layers = nn.ModuleList(
@@ -182,7 +180,7 @@ class Bench:
 def draw(config: RunConfig) -> Dataset:
     """Return random tokens, of half to full length where the task has padding, as a dataset."""
     task, length = get_task(config.task), config.data.sequence_length
-    shortest = length if config.task in PIXELS else length // 2
+    shortest = length // 2 if task.padded else length
     generator = np.random.default_rng(0)
 
     def split(count: int) -> Split:

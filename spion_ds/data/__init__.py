@@ -30,6 +30,7 @@ class Task:
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.
         documents: sequences of a sample, 1 or 2.
+        padded: whether inputs may be shorter than the model's length; pixels always fill it.
         brackets: the first and the last token id that opens a bracket, and the one that closes it;
             None where there are none.
         encode: ``(text, config)`` returns the token ids of one input, cut where the task's data
@@ -44,6 +45,7 @@ class Task:
     check_source: Callable[[Any], None]
     baselines: Callable[[Split, Split], dict[str, float]]
     documents: int = 1
+    padded: bool = True
     brackets: tuple[int, int, int] | None = None
     encode: Callable[[str, Any], np.ndarray] | None = None
 
@@ -54,6 +56,7 @@ def _task(
     config_class: type[Any],
     baselines: Callable[[Split, Split], dict[str, float]] = majority_only,
     documents: int = 1,
+    padded: bool = True,
 ) -> Task:
     return Task(
         name=name,
@@ -64,6 +67,7 @@ def _task(
         check_source=module.check_source,
         baselines=baselines,
         documents=documents,
+        padded=padded,
         brackets=getattr(module, "BRACKETS", None),
         encode=getattr(module, "encode", None),
     )
@@ -73,11 +77,11 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         _task("listops", listops, listops.ListOpsConfig, listops.trivial_baselines),
-        _task("image", image, image.ImageConfig),
+        _task("image", image, image.ImageConfig, padded=False),
         _task("text", text, text.TextConfig),
         _task("retrieval", retrieval, retrieval.RetrievalConfig, documents=retrieval.DOCUMENTS),
-        _task("pathfinder32", pathfinder, pathfinder.PathfinderConfig),
-        _task("pathfinder128", pathfinder, pathfinder.PathXConfig),
+        _task("pathfinder32", pathfinder, pathfinder.PathfinderConfig, padded=False),
+        _task("pathfinder128", pathfinder, pathfinder.PathXConfig, padded=False),
     )
 }
 

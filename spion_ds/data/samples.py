@@ -40,7 +40,7 @@ def read_samples(
         lines: the text.
         task: what the inputs are of.
         data: the task's configuration, with which the model was trained.
-        sequence_length: the most tokens that the model takes.
+        sequence_length: the most tokens that the model takes; of images the only number.
         name: of the text, for messages.
 
     Raises:
@@ -70,6 +70,8 @@ def _read(text: str, task: Task, data: Any, sequence_length: int) -> np.ndarray:
         raise DataError(
             f"{len(ids)} tokens; allowed: up to {sequence_length}, what the model was trained with"
         )
+    if not task.padded and len(ids) != sequence_length:
+        raise DataError(f"{len(ids)} tokens; allowed: {sequence_length}, all pixels of an image")
     return ids
 
 

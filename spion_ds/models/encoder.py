@@ -123,7 +123,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         x_BLE: Tensor,
-        padding_mask: Tensor,
+        padding_mask: Tensor | None,
         keys: Tensor | None,
         rotation: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -131,7 +131,7 @@ class EncoderLayer(nn.Module):
 
         Args:
             x_BLE: (B, L, E).
-            padding_mask: (B, L) bool, True = real token.
+            padding_mask: (B, L) bool, True = real token; None where all are.
             keys: (4, B) int32 dropout keys, None for no dropout.
             rotation: of rotary positions, None for others.
         """
@@ -160,7 +160,7 @@ class AttentionPooling(nn.Module):
         self.key_value = nn.Linear(config.dim, 2 * inner)
         self.projection = nn.Linear(inner, config.dim)
 
-    def forward(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
+    def forward(self, x_BLE: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Return (B, E), given (B, L, E) and the padding mask (B, L) bool, True = real token."""
         first = x_BLE[:, 0]
         q_BHD = self.query(first).unflatten(-1, (self.heads, -1))
@@ -170,9 +170,11 @@ class AttentionPooling(nn.Module):
         exact = torch.promote_types(x_BLE.dtype, torch.float32)
         logits_BHL = torch.einsum("bhd,blhd->bhl", q_BHD, k_BLHD).to(exact)
         logits_BHL = logits_BHL * q_BHD.shape[-1] ** -0.5
-        # Not infinite: a sample without real tokens shall give no NaN.
-        lowest = torch.finfo(exact).min
-        weights = logits_BHL.masked_fill(~padding_mask[:, None], lowest).softmax(dim=-1)
+        if padding_mask is not None:
+            # Not infinite: a sample without real tokens shall give no NaN.
+            lowest = torch.finfo(exact).min
+            logits_BHL = logits_BHL.masked_fill(~padding_mask[:, None], lowest)
+        weights = logits_BHL.softmax(dim=-1)
         attended = torch.einsum("bhl,blhd->bhd", weights.to(x_BLE.dtype), v_BLHD)
         return first + self.projection(attended.flatten(1))
 
@@ -192,6 +194,8 @@ class EncoderClassifier(nn.Module):
         documents: sequences of a sample, 1 or 2.
         brackets: the first and the last token id that opens a bracket, and the one that closes it;
             needed for ``nesting_levels``.
+        padded: whether inputs may have padding. False, where all are ``max_length`` long, spares
+            attention the mask: it may take kernels that know none, and need not look for padding.
     """
 
     def __init__(
@@ -203,10 +207,12 @@ class EncoderClassifier(nn.Module):
         max_length: int,
         documents: int = 1,
         brackets: Sequence[int] | None = None,
+        padded: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.sparse_attention = config, sparse_attention
         self.documents = documents
+        self._reads_mask = padded or config.zero_is_padding
         # The other arguments: what a saved model is built from again.
         self.sizes: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -214,6 +220,7 @@ class EncoderClassifier(nn.Module):
             "max_length": max_length,
             "documents": documents,
             "brackets": None if brackets is None else list(brackets),
+            "padded": padded,
         }
         # A mask is one more token.
         tokens = vocab_size + (config.masked_token_loss > 0.0)
@@ -307,14 +314,16 @@ class EncoderClassifier(nn.Module):
 
         Args:
             input_ids: (B, L) int64; (B, 2, L) with two documents.
-            padding_mask: bool of the same shape, True = real token.
+            padding_mask: bool of the same shape, True = real token; not read by a model whose
+                inputs have no padding.
             dropout_keys: (dropout_places, B) int32 from ``sample_keys``; None means no dropout on
                 the residual stream. Only used in training mode.
             guess_tokens: ask for the tokens; vocab_size itself is the id of a masked one.
         """
         shape = input_ids.shape
         keys = dropout_keys if self.training else None
-        input_ids, padding_mask = self.seen_by_attention(input_ids, padding_mask)
+        input_ids, real = self.seen_by_attention(input_ids, padding_mask)
+        mask = real if self._reads_mask else None
         if keys is not None and self.documents > 1:
             document = torch.arange(self.documents, dtype=torch.int32, device=keys.device)
             keys = combine(keys[..., None], document).flatten(-2)
@@ -330,7 +339,7 @@ class EncoderClassifier(nn.Module):
         pattern_losses = []
         for index, layer in enumerate(self.layers):
             first = 1 + _PLACES_A_LAYER * index
-            inputs = (x, padding_mask, None if keys is None else keys[first : first + 4], rotation)
+            inputs = (x, mask, None if keys is None else keys[first : first + 4], rotation)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 # Dropout is counter-based: there is no random state to restore.
                 x, seen = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -339,13 +348,13 @@ class EncoderClassifier(nn.Module):
             # A pass that guesses tokens gives no pattern loss.
             if seen is not None and not guess_tokens:
                 # Outside of the checkpoint, which would make the map twice.
-                pattern_losses.append(layer.pattern(*seen, padding_mask))  # type: ignore[operator]
+                pattern_losses.append(layer.pattern(*seen, mask))  # type: ignore[operator]
         x = self.norm(x)
         if guess_tokens:
             return self.token_head(x).view(*shape, -1)
         if pattern_losses:
             self._pattern_loss = self._pattern_weight * torch.stack(pattern_losses).sum()
-        pooled = self._pool(x, padding_mask)
+        pooled = self._pool(x, mask)
         if self.names_subexpressions:
             return self.classifier(torch.cat([pooled[:, None], x[:, 1:]], dim=1))
         if self.documents > 1:
@@ -377,11 +386,11 @@ class EncoderClassifier(nn.Module):
         around = opens.long().cumsum(1) - (input_ids == close).long().cumsum(1)
         return (around - opens.long()).clamp(0, self.config.nesting_levels - 1)
 
-    def _pool(self, x_BLE: Tensor, padding_mask: Tensor) -> Tensor:
-        if self.config.pooling == "mean":
-            return x_BLE.mean(dim=1)
+    def _pool(self, x_BLE: Tensor, padding_mask: Tensor | None) -> Tensor:
         if self.config.pooling == "attention":
             return self.pooling(x_BLE, padding_mask)
+        if self.config.pooling == "mean" or padding_mask is None:
+            return x_BLE.mean(dim=1)
         weight = padding_mask.to(x_BLE.dtype)[..., None]
         return (x_BLE * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 

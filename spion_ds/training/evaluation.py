@@ -101,6 +101,7 @@ def build_model(config: RunConfig) -> EncoderClassifier:
         config.data.sequence_length,
         task.documents,
         task.brackets,
+        task.padded,
     )
 
 

@@ -46,6 +46,14 @@ def test_a_bad_line_is_named(line: str, message: str) -> None:
         list(read_samples(["3", line], LISTOPS, DATA, 20, "inputs"))
 
 
+def test_an_image_has_all_its_pixels() -> None:
+    task = dataclasses.replace(LISTOPS, padded=False)
+    [sample] = read_samples(["1 2 3"], task, DATA, 3, "inputs")
+    assert len(sample.documents[0]) == 3
+    with pytest.raises(DataError, match="line 1: 2 tokens; allowed: 3, all pixels"):
+        list(read_samples(["1 2"], task, DATA, 3, "inputs"))
+
+
 def test_a_task_without_a_text_form_takes_ids() -> None:
     task = dataclasses.replace(LISTOPS, encode=None)
     with pytest.raises(DataError, match="takes whole numbers from 0 to 16"):

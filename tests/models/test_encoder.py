@@ -53,6 +53,43 @@ def batch(samples: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.arange(LENGTH)[None] < lengths[:, None]
 
 
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_without_padding_the_mask_is_not_needed(phase, pooling):
+    config = replace(SMALL, pooling=pooling)
+    with_mask = model(config, phase)
+    block = SparseAttentionConfig(block=BLOCK)
+    without = EncoderClassifier(config, block, VOCABULARY, CLASSES, LENGTH, padded=False).double()
+    without.load_state_dict(with_mask.state_dict())
+    if phase == "sparse":
+        switch(without)
+    ids, _ = batch()
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    keys = sample_keys(0, 0, torch.arange(len(ids)), without.dropout_places)
+    expected = with_mask(ids, everything, keys)
+    torch.testing.assert_close(without(ids, everything, keys), expected, **SAME)
+    masks = []
+    for attention in without.attentions:
+        attention.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[3]))
+    without(ids, everything, keys)
+    assert masks == [None, None]
+
+
+def test_hidden_zeros_need_a_mask_even_without_padding():
+    config = replace(SMALL, zero_is_padding=True)
+    made = EncoderClassifier(
+        config, SparseAttentionConfig(block=BLOCK), VOCABULARY, CLASSES, LENGTH, padded=False
+    ).double()
+    made.eval()
+    ids, _ = batch()
+    ids[:, 10:20] = 0
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    expected = made(ids, ids != 0)
+    torch.testing.assert_close(made(ids, everything), expected, **SAME)
+    made.token_embedding.weight.data[0] += 1.0
+    torch.testing.assert_close(made(ids, everything), expected, **SAME)
+
+
 def test_published_sizes_are_the_defaults():
     config = ModelConfig()
     assert (config.dim, config.ffn_dim, config.heads, config.head_dim) == (64, 128, 2, 32)
