@@ -1,0 +1,72 @@
+"""An embedding of few ids, whose gradient on a GPU is a product with one-hot vectors.
+
+PyTorch's own adds the rows of a whole batch into some tens of places by sorting or by atomics: slow
+where so many meet in so few, and with atomics in no fixed order. A CPU has neither trouble.
+
+Shape suffixes: B batch, L tokens, V ids, E model dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# With more ids the one-hot vectors cost more than what they avoid.
+_MOST_IDS = 512
+# Elements of one-hot vectors that are made at a time: 64 MiB in bf16.
+_CHUNK = 2**25
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` of ids (B, L) int64; the gradient's way is chosen by device and size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the vectors of the ids, (B, L, E)."""
+        if input.is_cuda and self.num_embeddings <= _MOST_IDS:
+            return embed(self.weight, input)
+        return super().forward(input)
+
+
+def embed(weight_VE: Tensor, ids_BL: Tensor) -> Tensor:
+    """Return the rows of ``weight_VE`` at ``ids_BL``, (B, L, E), with the product as gradient."""
+    return _Embed.apply(weight_VE, ids_BL)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VE: Tensor, ids_BL: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_BL)
+        # Not the weight itself, which ZeRO-3 has given away by then.
+        ctx.ids = len(weight_VE)
+        return F.embedding(ids_BL, weight_VE)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        [ids_BL], [gradient_BLE] = ctx.saved_tensors, gradients
+        return embedding_gradient(gradient_BLE, ids_BL, ctx.ids), None
+
+
+def embedding_gradient(gradient_BLE: Tensor, ids_BL: Tensor, count: int) -> Tensor:
+    """Return the sum of the gradients of each id, (count, E), the same bits every time.
+
+    One-hot vectors are exact in every dtype. A product adds up a sample in float32 and rounds to
+    the gradient's dtype, as the gradients themselves were rounded; samples are added in float32.
+
+    Args:
+        gradient_BLE: (B, L, E), of the vectors.
+        ids_BL: (B, L) int64, below ``count``.
+        count: of all ids.
+    """
+    samples, length = ids_BL.shape
+    step = max(1, _CHUNK // (count * max(1, length)))
+    every_id = torch.arange(count, device=ids_BL.device)[:, None]
+    total = gradient_BLE.new_zeros(count, gradient_BLE.shape[-1], dtype=torch.float32)
+    for first in range(0, samples, step):
+        part = slice(first, first + step)
+        one_hot_BVL = (ids_BL[part, None] == every_id).to(gradient_BLE.dtype)
+        sums_BVE = torch.bmm(one_hot_BVL, gradient_BLE[part])
+        total = total + sums_BVE.sum(0, dtype=torch.float32)
+    return total.to(gradient_BLE.dtype)
