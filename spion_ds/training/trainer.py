@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
 from spion_ds.data import Dataset, get_task
+from spion_ds.data.listops_levels import subexpression_values
 from spion_ds.errors import SpionError
 from spion_ds.models import set_masks
 from spion_ds.sparsity import SwitchingSparsityConfig
@@ -62,12 +62,7 @@ from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
-from spion_ds.training.subexpressions import (
-    check_readable,
-    deepest_node,
-    subexpression_loss,
-    subexpression_values,
-)
+from spion_ds.training.subexpressions import subexpression_loss
 from spion_ds.training.watch import Watch
 
 # Skipping more steps than this without one that counts is no training.
@@ -156,15 +151,6 @@ class Trainer:
             -(-config.data.sequence_length // config.sparse_attention.block),
             agreement,
         )
-        self.augmentation = (
-            make_augmentation(config.task, config.data, dataset)
-            if config.training.augment
-            else None
-        )
-        for key in ("nesting_levels", "subexpression_loss"):
-            if value := getattr(config.model, key):
-                check_readable(dataset, f"model.{key}", value, 0)
-        self._deepest = deepest_node(dataset.train) if config.model.subexpression_loss > 0.0 else 0
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.reader = BatchReader(
             dataset.train,
@@ -180,6 +166,10 @@ class Trainer:
                 DrawKeys.places(self.model.dropout_places),
             ),
             self.device,
+            augment=(
+                make_augmentation(config.task, config.data) if config.training.augment else None
+            ),
+            values=subexpression_values if config.model.subexpression_loss > 0.0 else None,
         )
         self.timer = StepTimer(self.device)
         self.log = RunLog(
@@ -266,9 +256,8 @@ class Trainer:
             with plain:
                 logits = self.engine(*inputs).float()
             named_loss = None
-            if self.model.names_subexpressions:
-                values = subexpression_values(batch.input_ids, self._deepest)
-                named_loss = subexpression_loss(logits, values)
+            if batch.values is not None:
+                named_loss = subexpression_loss(logits, batch.values)
                 logits = logits[:, 0]  # the root's
             loss = F.cross_entropy(logits, batch.labels)
             _count(counted, loss.detach(), logits.detach(), batch.labels)
@@ -304,13 +293,9 @@ class Trainer:
         return phase
 
     def _read(self, micro_step: int) -> tuple[Batch, DrawKeys]:
-        """Return a micro-batch of the present step, augmented, and its keys."""
-        batch, found = self.reader.read(self.state.step, micro_step)
-        keys = DrawKeys.split(found)
-        if self.augmentation is not None:
-            augmented = self.augmentation(batch.input_ids, keys.augmentation)
-            batch = replace(batch, input_ids=augmented)
-        return batch, keys
+        """Return a micro-batch of the present step and its keys."""
+        batch, keys = self.reader.read(self.state.step, micro_step)
+        return batch, DrawKeys.split(keys)
 
     def _observers(self) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
         """Return one accumulator a layer for the global batch of the present step."""
