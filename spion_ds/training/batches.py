@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from spion_ds.data import Split
 from spion_ds.training.augmentation import Augmentation
+
+# Micro-batches that are read ahead.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,9 @@ class BatchReader:
     """The training micro-batches of one rank, read ahead where there is a GPU.
 
     A thread then gathers and augments the samples and makes the keys, in pinned memory, while the
-    micro-batch before them runs. The copies stay in the stream that computes: they are short, and
-    need no other synchronisation there.
+    micro-batches before them run; two of them, so that its time and that of the launches do not
+    add up. The copies stay in the stream that computes: they are short, and need no other
+    synchronisation there.
 
     Args:
         split: the training split.
@@ -146,28 +151,32 @@ class BatchReader:
             # A new thread starts on GPU 0, whichever is this rank's.
             index = torch.cuda.current_device() if device.index is None else device.index
             self._pool = ThreadPoolExecutor(1, "reader", torch.cuda.set_device, (index,))
-        self._ahead: tuple[int, int, Future[list[Tensor]]] | None = None
+        self._ahead: deque[tuple[tuple[int, int], Future[list[Tensor]]]] = deque()
 
     def read(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
         """Return a micro-batch of ``step`` (from 0) and its dropout keys, both on the device."""
-        ahead = self._ahead
-        if ahead is not None and ahead[:2] == (step, micro_step):
-            tensors = ahead[2].result()
-        else:
-            tensors = self._read(step, micro_step)
-        self._ahead = None
+        while self._ahead and self._ahead[0][0] != (step, micro_step):
+            self._ahead.popleft()[1].cancel()
+        ahead = self._ahead.popleft()[1] if self._ahead else None
+        tensors = self._read(step, micro_step) if ahead is None else ahead.result()
         keys, *batch = (x.to(self.device, non_blocking=True) for x in tensors)
         return _widen(*batch), keys
 
     def read_ahead(self, step: int, micro_step: int) -> None:
-        """Start to read what follows this micro-batch; call it when its work is on its way.
-
-        Not earlier: memory must not be pinned while a CUDA graph is captured.
-        """
-        if self._pool is not None:
+        """Start to read what follows this micro-batch; call it when its work is on its way."""
+        if self._pool is None:
+            return
+        for number in range(_AHEAD):
             last = micro_step == self.accumulation - 1
-            following = (step + 1, 0) if last else (step, micro_step + 1)
-            self._ahead = (*following, self._pool.submit(self._read, *following))
+            step, micro_step = (step + 1, 0) if last else (step, micro_step + 1)
+            if number == len(self._ahead):
+                future = self._pool.submit(self._read, step, micro_step)
+                self._ahead.append(((step, micro_step), future))
+
+    def settle(self) -> None:
+        """Wait for what is being read: memory must not be pinned while a CUDA graph is captured."""
+        if self._pool is not None:
+            self._pool.submit(int).result()  # the only thread: what came before is done
 
     def _read(self, step: int, micro_step: int) -> list[Tensor]:
         places = self.places(micro_step)

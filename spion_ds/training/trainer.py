@@ -131,10 +131,6 @@ class Trainer:
             whole=stage == 0,
         )
 
-        self.accelerated = AcceleratedForward(
-            self.model, compile=config.training.compile, cuda_graph=config.training.cuda_graph
-        )
-
         self.state = TrainingState(seed=config.training.seed)
         self.rule = config.transition.build()
         sparsity = [attention.sparsity_config for attention in self.model.attentions]
@@ -171,6 +167,12 @@ class Trainer:
                 make_augmentation(config.task, config.data) if config.training.augment else None
             ),
             values=subexpression_values if config.model.subexpression_loss > 0.0 else None,
+        )
+        self.accelerated = AcceleratedForward(
+            self.model,
+            compile=config.training.compile,
+            cuda_graph=config.training.cuda_graph,
+            before_capture=self.reader.settle,
         )
         self.timer = StepTimer(self.device)
         self.log = RunLog(
