@@ -170,6 +170,14 @@ def open_cache(folder: Path, *, verify: bool = True) -> Dataset:
     return Dataset(**splits, folder=folder, manifest=manifest)
 
 
+def temporary_path(folder: Path) -> Path:
+    """Return this process's own name beside a cache's, for what becomes part of it.
+
+    What a killed process leaves there the next one that builds the cache removes.
+    """
+    return folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Return a large file's size and the sha256 of its first and last megabyte."""
     size, ends = path.stat().st_size, hashlib.sha256()
@@ -220,13 +228,16 @@ def _writer_lock(folder: Path) -> Iterator[bool]:
 def _remove_stale(folder: Path) -> None:
     # Whoever holds the lock is the only living writer, so these were left by dead ones.
     for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
 
 
 def _build(
     folder: Path, task: str, parameters: Mapping[str, Any], build: Callable[[Path], None]
 ) -> None:
-    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    temporary = temporary_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # of a dead process that had our id
     temporary.mkdir()
     try:

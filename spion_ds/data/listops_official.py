@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from spion_ds.data.listops_levels import first_fault
 from spion_ds.data.listops_trees import (
     CLOSE_ID,
     DIGIT_IDS,
@@ -67,8 +68,9 @@ def parse_official(path: Path, sequence_length: int) -> Iterator[tuple[np.ndarra
     Parentheses are dropped; a token that ListOps does not have becomes ``UNKNOWN_ID``.
 
     Raises:
-        DataError: the file is truncated, of another format, or has a sequence longer than
-            ``sequence_length``; it names the file and the line.
+        DataError: the file is truncated, of another format, has a line that is not one expression
+            whose operators have operands, or a sequence longer than ``sequence_length``; it names
+            the file and the line.
     """
     with path.open("rb") as file:
         _check_header(path, file)
@@ -87,7 +89,8 @@ def encode(text: str, config: Any) -> np.ndarray:
         config: of the task; nothing here depends on it.
 
     Raises:
-        DataError: it has a token that ListOps does not have, or its brackets do not close.
+        DataError: it has a token that ListOps does not have, its brackets do not close, or an
+            operator has no operand.
     """
     tokens = text.encode().translate(None, delete=b"()").split()
     for token in tokens:
@@ -101,6 +104,10 @@ def encode(text: str, config: Any) -> np.ndarray:
         depth += token.startswith(b"[") - (token == b"]")
         if depth < 0 or (depth == 0 and place < len(tokens) - 1):
             raise DataError(f"the expression ends at token {place + 1} of {len(tokens)}")
+        if token == b"]" and tokens[place - 1].startswith(b"["):
+            raise DataError(
+                f"the operator {_shown(tokens[place - 1])} has no operand; allowed: one or more"
+            )
     if depth > 0:
         raise DataError(f"{depth} bracket(s) do not close")
     return np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
@@ -146,6 +153,10 @@ def _parse_line(line: bytes, where: str, sequence_length: int) -> tuple[np.ndarr
             "raise it"
         )
     ids = np.array([_TOKEN_IDS.get(token, UNKNOWN_ID) for token in tokens], np.uint8)
+    if UNKNOWN_ID not in ids and (fault := first_fault(ids[None])) is not None:
+        raise _not_official(
+            where, fault[1], "allowed: one expression, each operator with one operand or more"
+        )
     return ids, int(target)
 
 

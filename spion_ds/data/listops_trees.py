@@ -218,26 +218,35 @@ def _sizes_and_values(levels: list[_Level]) -> tuple[list[np.ndarray], list[np.n
         value = (level.bits % np.uint64(10)).astype(np.int64)
         if len(level.operands):
             size[level.is_operator] = 2 + np.add.reduceat(sizes[-1], level.starts())
-            value[level.is_operator] = _apply(level, values[-1])
+            tokens = level.operators() + MIN_ID
+            value[level.is_operator] = apply_operators(tokens, level.starts(), values[-1])
         sizes.append(size)
         values.append(value)
     return sizes[::-1], values[::-1]
 
 
-def _apply(level: _Level, values: np.ndarray) -> np.ndarray:
-    """Return the (K,) values of the level's operators, given all values of the next level."""
-    starts, operands = level.starts(), level.operands
-    # Sort the operands within each operator: its number above their 4 bits.
-    group = np.repeat(np.arange(len(operands)) << 4, operands)
-    ordered = np.sort(group | values) & 15
+def apply_operators(tokens: np.ndarray, starts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the (K,) int64 values 0..9 of operators.
+
+    Args:
+        tokens: (K,) ids of the operators.
+        starts: (K,) where each one's operands start, which go on to the next one's; one at least.
+        values: (N,) int64 values 0..9 of all operands.
+    """
+    ends = np.append(starts[1:], len(values))
+    operands = ends - starts
+    # Sort the operands within each operator: its number above their 4 bits. A sort that merges runs
+    # takes a quarter of the time here, where nothing is far from its place.
+    group = np.repeat(np.arange(len(starts)) << 4, operands)
+    ordered = np.sort(group | values, kind="stable") & 15
     lower, upper = ordered[starts + (operands - 1) // 2], ordered[starts + operands // 2]
     by_operator = (
         ordered[starts],
-        ordered[starts + operands - 1],
+        ordered[ends - 1],
         (lower + upper) // 2,
         np.add.reduceat(values, starts) % 10,
     )
-    return np.choose(level.operators(), by_operator)
+    return np.choose(tokens - MIN_ID, by_operator)
 
 
 def _place_tokens(

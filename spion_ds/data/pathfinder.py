@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import shutil
-import socket
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from spion_ds.data.cache import (
     create_split,
     prepare_cache,
     sha256_of,
+    temporary_path,
 )
 from spion_ds.data.pathfinder_official import (
     check_official,
@@ -289,7 +289,7 @@ def _shard(config: PathfinderConfig, folder: Path, number: int) -> tuple[np.ndar
     if kept is not None:
         return kept
     pixels, labels = draw_shard(config, number)
-    temporary = path.with_name(f"{path.stem}.tmp-{socket.gethostname()}-{os.getpid()}.npz")
+    temporary = Path(f"{temporary_path(folder.with_suffix(''))}.npz")
     try:
         np.savez_compressed(temporary, pixels=pixels, labels=labels)
         temporary.rename(path)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
 from spion_ds.attention.dropout import combine, dropout
+from spion_ds.models.embedding import Embedding
 from spion_ds.models.rotary import rotate, rotations
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
@@ -224,7 +225,7 @@ class EncoderClassifier(nn.Module):
         }
         # A mask is one more token.
         tokens = vocab_size + (config.masked_token_loss > 0.0)
-        self.token_embedding = nn.Embedding(tokens, config.dim)
+        self.token_embedding = Embedding(tokens, config.dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(max_length, config.dim)
@@ -236,7 +237,7 @@ class EncoderClassifier(nn.Module):
                 config.nesting_levels,
                 "0 without brackets",
             )
-            self.nesting_embedding = nn.Embedding(config.nesting_levels, config.dim)
+            self.nesting_embedding = Embedding(config.nesting_levels, config.dim)
             nn.init.normal_(self.nesting_embedding.weight, std=0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(

@@ -25,6 +25,8 @@ class AcceleratedForward:
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
             replayed from then on. Shapes must then stay the same. A phase in which the model has
             a loss of its own beside its output (learned patterns) is not captured.
+        before_capture: called before a capture; from then to its end no other thread may allocate
+            memory for the GPU, nor pin any.
         backend: of torch.compile.
     """
 
@@ -34,9 +36,10 @@ class AcceleratedForward:
         *,
         compile: bool,
         cuda_graph: bool,
+        before_capture: Callable[[], object] = lambda: None,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        self.model, self.cuda_graph = model, cuda_graph
+        self.model, self.cuda_graph, self._before_capture = model, cuda_graph, before_capture
         self._compiled: Forward | None = None
         if compile:
             # What this process compiled for other models counts towards a limit of eight.
@@ -71,6 +74,7 @@ class AcceleratedForward:
     def _capture(self, phase: str, inputs: tuple[Tensor, ...]) -> None:
         self._forward = None  # the other phase's graph and its memory
         module = _Own(self.model, self._compiled)
+        self._before_capture()
         torch.cuda.make_graphed_callables(module, inputs)  # replaces module.forward
         if self._captured is None:
             # The graph writes gradients to the same memory at every replay: what a parameter

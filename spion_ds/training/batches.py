@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from spion_ds.data import Split
+from spion_ds.training.augmentation import Augmentation
+
+# Micro-batches that are read ahead.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,13 @@ class Batch:
         input_ids: (B, L) int64; (B, 2, L) with two documents a sample.
         padding_mask: bool of the same shape, True = real token.
         labels: (B,) int64.
+        values: (B, L) int64, of sub-expressions at their operators, where they are asked for.
     """
 
     input_ids: Tensor
     padding_mask: Tensor
     labels: Tensor
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,27 @@ def micro_batch_positions(
 
 def read_batch(split: Split, indices: np.ndarray, device: torch.device) -> Batch:
     """Return the samples at ``indices`` on ``device``."""
-    return _widen(*(x.to(device, non_blocking=True) for x in _gather(split, indices, device)))
+    tensors = (_ready(x, device) for x in _gather(split, indices))
+    return _widen(*(x.to(device, non_blocking=True) for x in tensors))
 
 
 class BatchReader:
     """The training micro-batches of one rank, read ahead where there is a GPU.
 
-    A thread then gathers the samples and makes the dropout keys, in pinned memory, while the
-    micro-batch before them runs. The copies stay in the stream that computes: they are short, and
-    need no other synchronisation there.
+    A thread then gathers and augments the samples and makes the keys, in pinned memory, while the
+    micro-batches before them run; two of them, so that its time and that of the launches do not
+    add up. The copies stay in the stream that computes: they are short, and need no other
+    synchronisation there.
 
     Args:
         split: the training split.
         order: which samples make up a step.
         places: ``(micro_step,)`` returns the places in the global batch of this rank's micro-batch.
         accumulation: micro-batches a step.
-        keys: ``(step, places)`` returns the dropout keys on the CPU.
+        keys: ``(step, places)`` returns the keys on the CPU.
         device: where the batches go.
+        augment: changes the ids, given the keys for it.
+        values: ``(ids)`` returns ``Batch.values`` of the ids (B, L), changed or not.
     """
 
     def __init__(
@@ -127,58 +138,78 @@ class BatchReader:
         accumulation: int,
         keys: Callable[[int, np.ndarray], Tensor],
         device: torch.device,
+        *,
+        augment: Augmentation | None = None,
+        values: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.split, self.order, self.places = split, order, places
         self.accumulation, self.keys, self.device = accumulation, keys, device
+        self.augment, self.values = augment, values
         # On a CPU a thread would only take cores from the step.
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cuda":
             # A new thread starts on GPU 0, whichever is this rank's.
             index = torch.cuda.current_device() if device.index is None else device.index
             self._pool = ThreadPoolExecutor(1, "reader", torch.cuda.set_device, (index,))
-        self._ahead: tuple[int, int, Future[list[Tensor]]] | None = None
+        self._ahead: deque[tuple[tuple[int, int], Future[list[Tensor]]]] = deque()
 
     def read(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
         """Return a micro-batch of ``step`` (from 0) and its dropout keys, both on the device."""
-        ahead = self._ahead
-        if ahead is not None and ahead[:2] == (step, micro_step):
-            tensors = ahead[2].result()
-        else:
-            tensors = self._read(step, micro_step)
-        self._ahead = None
-        *batch, keys = (x.to(self.device, non_blocking=True) for x in tensors)
+        while self._ahead and self._ahead[0][0] != (step, micro_step):
+            self._ahead.popleft()[1].cancel()
+        ahead = self._ahead.popleft()[1] if self._ahead else None
+        tensors = self._read(step, micro_step) if ahead is None else ahead.result()
+        keys, *batch = (x.to(self.device, non_blocking=True) for x in tensors)
         return _widen(*batch), keys
 
     def read_ahead(self, step: int, micro_step: int) -> None:
-        """Start to read what follows this micro-batch; call it when its work is on its way.
-
-        Not earlier: memory must not be pinned while a CUDA graph is captured.
-        """
-        if self._pool is not None:
+        """Start to read what follows this micro-batch; call it when its work is on its way."""
+        if self._pool is None:
+            return
+        for number in range(_AHEAD):
             last = micro_step == self.accumulation - 1
-            following = (step + 1, 0) if last else (step, micro_step + 1)
-            self._ahead = (*following, self._pool.submit(self._read, *following))
+            step, micro_step = (step + 1, 0) if last else (step, micro_step + 1)
+            if number == len(self._ahead):
+                future = self._pool.submit(self._read, step, micro_step)
+                self._ahead.append(((step, micro_step), future))
+
+    def settle(self) -> None:
+        """Wait for what is being read: memory must not be pinned while a CUDA graph is captured."""
+        if self._pool is not None:
+            self._pool.submit(int).result()  # the only thread: what came before is done
 
     def _read(self, step: int, micro_step: int) -> list[Tensor]:
         places = self.places(micro_step)
         keys = self.keys(step, places)
-        if self.device.type == "cuda":
-            keys = keys.pin_memory()
-        return [*_gather(self.split, self.order.samples(step)[places], self.device), keys]
+        indices = self.order.samples(step)[places]
+        ids, lengths, labels = _gather(self.split, indices)
+        if self.augment is not None:
+            ids = self.augment(ids, DrawKeys.split(keys).augmentation)
+        arrays = [ids, lengths, labels]
+        if self.values is not None:
+            arrays.append(self.values(ids))
+        return [_ready(keys, self.device), *(_ready(x, self.device) for x in arrays)]
 
 
-def _gather(split: Split, indices: np.ndarray, device: torch.device) -> list[Tensor]:
-    """Return ids as they are stored (a byte or two each), lengths and labels, ready to travel."""
-    stored = np.ascontiguousarray(split.input_ids[indices])
-    # PyTorch does little with uint16; ids are far below 2^15.
-    ids = torch.from_numpy(stored.view(np.int16) if stored.dtype == np.uint16 else stored)
-    lengths = torch.from_numpy(np.ascontiguousarray(split.lengths[indices]).astype(np.int64))
-    labels = torch.from_numpy(np.ascontiguousarray(split.labels[indices]).astype(np.int64))
-    tensors = [ids, lengths, labels]
-    # Only from pinned memory does a copy not wait for the device.
-    return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
+def _gather(split: Split, indices: np.ndarray) -> list[np.ndarray]:
+    """Return ids as they are stored (a byte or two each), lengths and labels, int64."""
+    ids, lengths, labels = (
+        np.ascontiguousarray(array[indices])
+        for array in (split.input_ids, split.lengths, split.labels)
+    )
+    return [ids, lengths.astype(np.int64), labels.astype(np.int64)]
 
 
-def _widen(ids: Tensor, lengths: Tensor, labels: Tensor) -> Batch:
+def _ready(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Return a tensor that can travel to the device without waiting for it."""
+    if isinstance(values, np.ndarray):
+        # PyTorch does little with uint16; ids are far below 2^15.
+        stored = values.view(np.int16) if values.dtype == np.uint16 else values
+        values = torch.from_numpy(stored)
+    return values.pin_memory() if device.type == "cuda" else values
+
+
+def _widen(ids: Tensor, lengths: Tensor, labels: Tensor, values: Tensor | None = None) -> Batch:
     positions = torch.arange(ids.shape[-1], device=ids.device)
-    return Batch(ids.long(), positions < lengths[..., None], labels)
+    real = positions < lengths[..., None]
+    return Batch(ids.long(), real, labels, None if values is None else values.long())

@@ -30,6 +30,7 @@ from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
 from spion_ds.training.run_log import seconds_per_step
 from spion_ds.training.stopping import Stopped, StopRequest
 from spion_ds.training.strict_files import read_yaml
+from spion_ds.training.subexpressions import check_readable
 from spion_ds.training.summary import summary_table
 from spion_ds.training.trainer import Trainer
 from spion_ds.training.watch import LOST_RANK_EXIT, LostRankError, Watch, speaks
@@ -139,6 +140,7 @@ def train(options: TrainOptions) -> None:
     with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
+        agreement.from_first(lambda: check_readable(config, dataset))
         if ranks.is_first and config.switches:
             _compile_operators(ranks)
         folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))

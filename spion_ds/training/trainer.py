@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
 from spion_ds.data import Dataset, get_task
+from spion_ds.data.listops_levels import subexpression_values
 from spion_ds.errors import SpionError
 from spion_ds.models import set_masks
 from spion_ds.sparsity import SwitchingSparsityConfig
@@ -62,12 +62,8 @@ from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
-from spion_ds.training.subexpressions import (
-    check_readable,
-    deepest_node,
-    subexpression_loss,
-    subexpression_values,
-)
+from spion_ds.training.subexpressions import subexpression_loss
+from spion_ds.training.tally import Tally
 from spion_ds.training.watch import Watch
 
 # Skipping more steps than this without one that counts is no training.
@@ -135,10 +131,6 @@ class Trainer:
             whole=stage == 0,
         )
 
-        self.accelerated = AcceleratedForward(
-            self.model, compile=config.training.compile, cuda_graph=config.training.cuda_graph
-        )
-
         self.state = TrainingState(seed=config.training.seed)
         self.rule = config.transition.build()
         sparsity = [attention.sparsity_config for attention in self.model.attentions]
@@ -156,15 +148,6 @@ class Trainer:
             -(-config.data.sequence_length // config.sparse_attention.block),
             agreement,
         )
-        self.augmentation = (
-            make_augmentation(config.task, config.data, dataset)
-            if config.training.augment
-            else None
-        )
-        for key in ("nesting_levels", "subexpression_loss"):
-            if value := getattr(config.model, key):
-                check_readable(dataset, f"model.{key}", value, 0)
-        self._deepest = deepest_node(dataset.train) if config.model.subexpression_loss > 0.0 else 0
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.reader = BatchReader(
             dataset.train,
@@ -180,14 +163,22 @@ class Trainer:
                 DrawKeys.places(self.model.dropout_places),
             ),
             self.device,
+            augment=(
+                make_augmentation(config.task, config.data) if config.training.augment else None
+            ),
+            values=subexpression_values if config.model.subexpression_loss > 0.0 else None,
+        )
+        self.accelerated = AcceleratedForward(
+            self.model,
+            compile=config.training.compile,
+            cuda_graph=config.training.cuda_graph,
+            before_capture=self.reader.settle,
         )
         self.timer = StepTimer(self.device)
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
         )
-        # Sums of loss, correct predictions, samples, and the losses of patterns, masked tokens and
-        # sub-expressions: since the last row of the log, on this rank.
-        self._sums = torch.zeros(6, dtype=torch.float64, device=self.device)
+        self.tally = Tally(self.device)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
@@ -256,7 +247,7 @@ class Trainer:
         self._rate = config.schedule.at(state.step, state.switch_step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
-        counted = torch.zeros_like(self._sums)
+        self.tally.begin()
         for micro_step in range(config.batches.accumulation):
             batch, keys = self._read(micro_step)
             for attention, accumulator in zip(self.model.attentions, observed, strict=False):
@@ -266,24 +257,24 @@ class Trainer:
             with plain:
                 logits = self.engine(*inputs).float()
             named_loss = None
-            if self.model.names_subexpressions:
-                values = subexpression_values(batch.input_ids, self._deepest)
-                named_loss = subexpression_loss(logits, values)
+            if batch.values is not None:
+                named_loss = subexpression_loss(logits, batch.values)
                 logits = logits[:, 0]  # the root's
             loss = F.cross_entropy(logits, batch.labels)
-            _count(counted, loss.detach(), logits.detach(), batch.labels)
+            samples = len(batch.labels)
+            self.tally.add(loss, logits, batch.labels)
             if named_loss is not None:
-                counted[5] += named_loss.detach() * len(batch.labels)
+                self.tally.add_part("subexpression_loss", named_loss, samples)
                 loss = loss + config.model.subexpression_loss * named_loss
             if config.model.masked_token_loss > 0.0:
                 # Not left out: every parameter shall have a gradient.
                 loss = loss * float(state.step >= config.training.pretrain_steps)
                 masked_loss = self._masked_token_loss(batch, keys)
-                counted[4] += masked_loss.detach() * len(batch.labels)
+                self.tally.add_part("masked_token_loss", masked_loss, samples)
                 loss = loss + config.model.masked_token_loss * masked_loss
             pattern_loss = self.model.take_pattern_loss()
             if pattern_loss is not None:
-                counted[3] += pattern_loss.detach() * len(batch.labels)
+                self.tally.add_part("pattern_loss", pattern_loss, samples)
                 loss = loss + pattern_loss
             self.engine.backward(loss)
             self.reader.read_ahead(state.step, micro_step)
@@ -294,7 +285,7 @@ class Trainer:
         state.step = number
         state.samples_seen += config.batches.total
         if not self._skipping:
-            self._sums += counted
+            self.tally.keep()
         if checking and not self._skipping:
             if not self.guard.at_once:
                 self._obey(self.guard.reports())
@@ -304,13 +295,9 @@ class Trainer:
         return phase
 
     def _read(self, micro_step: int) -> tuple[Batch, DrawKeys]:
-        """Return a micro-batch of the present step, augmented, and its keys."""
-        batch, found = self.reader.read(self.state.step, micro_step)
-        keys = DrawKeys.split(found)
-        if self.augmentation is not None:
-            augmented = self.augmentation(batch.input_ids, keys.augmentation)
-            batch = replace(batch, input_ids=augmented)
-        return batch, keys
+        """Return a micro-batch of the present step and its keys."""
+        batch, keys = self.reader.read(self.state.step, micro_step)
+        return batch, DrawKeys.split(keys)
 
     def _observers(self) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
         """Return one accumulator a layer for the global batch of the present step."""
@@ -434,40 +421,21 @@ class Trainer:
 
     def _log_row(self, phase: str) -> None:
         """Average what was counted since the last row over all ranks, and write it down."""
-        state = self.state
-        seconds = self.timer.take()
-        dist.all_reduce(self._sums)
-        loss, correct, samples, pattern_loss, masked_loss, named_loss = self._sums.tolist()
-        self._sums.zero_()
-        if samples == 0:  # every step since the last row was skipped
+        step, seconds, means = self.state.step, self.timer.take(), self.tally.take()
+        if means is None:  # every step since the last row was skipped
             return
-        loss, accuracy = loss / samples, correct / samples
-        tokens = self.config.tokens_per_step
-        speed = (
-            {}
-            if seconds is None
-            else {
-                "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-            }
-        )
-        self.log.row(
-            state.step,
-            "train",
-            loss=loss,
-            accuracy=accuracy,
-            phase=phase,
-            lr=self._rate,
-            **({"masked_token_loss": masked_loss / samples} if masked_loss else {}),
-            **({"subexpression_loss": named_loss / samples} if named_loss else {}),
-            memory_bytes=peak_memory_bytes(self.device),
-            **({"pattern_loss": pattern_loss / samples} if pattern_loss else {}),
-            **speed,
-        )
-        shown = {"loss": f"{loss:.3f}", "acc": f"{accuracy:.1%}", "phase": phase}
+        speed = {}
         if seconds is not None:
-            shown["tok/s"] = f"{tokens / seconds:,.0f}"
-        self.log.progress(state.step, **shown)
+            tokens_per_second = self.config.tokens_per_step / seconds
+            speed = {"step_seconds": seconds, "tokens_per_second": tokens_per_second}
+        memory = peak_memory_bytes(self.device)
+        self.log.row(
+            step, "train", **means, phase=phase, lr=self._rate, memory_bytes=memory, **speed
+        )
+        shown = {"loss": f"{means['loss']:.3f}", "acc": f"{means['accuracy']:.1%}", "phase": phase}
+        if seconds is not None:
+            shown["tok/s"] = f"{tokens_per_second:,.0f}"
+        self.log.progress(step, **shown)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; return whether it is the best of this phase."""
@@ -530,10 +498,3 @@ class Trainer:
             best = checkpoint_name(self.state.best_step)
             if (self.checkpoints / best).is_dir():
                 write_pointer(self.checkpoints, "best", best)
-
-
-def _count(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    size = len(labels)
-    sums[0] += loss * size
-    sums[1] += (logits.argmax(dim=-1) == labels).sum()
-    sums[2] += size

@@ -390,6 +390,12 @@ LINE = "( ( ( [MIN 1 ) 2 ) ] )"
         (f"Source\tTarget\n{LINE}\tMIN\n", r"line 2: .*the value 'MIN'"),
         ("Source\tTarget\n( [MIN 1 2\t1\n", r"line 2: .*brackets that do not close"),
         ("Source\tTarget\n\t1\n", r"line 2: .*no expression"),
+        (
+            "Source\tTarget\n[MAX 1 [MIN ] ]\t1\n",
+            r"line 2: .*found an operator without operands: allowed: .* one operand or more",
+        ),
+        ("Source\tTarget\n[MAX 1 ] [MIN 2 ]\t1\n", r"line 2: .*found no single expression"),
+        ("Source\tTarget\n1 ] [MAX 2\t1\n", r"line 2: .*found no single expression"),
         (f"Source\tTarget\n{LINE}\t1\n\n", r"no tab"),
         ("Source\tTarget\n" + "5 " * 129 + "\t5\n", r"129 tokens do not fit data.sequence_length"),
     ],

@@ -176,6 +176,14 @@ def test_an_interrupted_generation_keeps_its_finished_shards(
         drawn.append(number)
         return draw_shard(config, number)
 
+    written: list[Path] = []
+    save = np.savez_compressed
+
+    def record(path: Path, **arrays: np.ndarray) -> None:
+        written.append(path)
+        save(path, **arrays)
+
+    monkeypatch.setattr(np, "savez_compressed", record)
     monkeypatch.setattr(pathfinder, "draw_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(TINY, tmp_path)
@@ -183,6 +191,10 @@ def test_an_interrupted_generation_keeps_its_finished_shards(
     assert [path.name for path in sorted(shards.iterdir())[:2]] == ["000000.npz", "000001.npz"]
     # A shard that the machine cut short is drawn again.
     (shards / "000001.npz").write_bytes((shards / "000001.npz").read_bytes()[:1000])
+    # Another process was killed while it wrote one.
+    killed = Path(str(written[0]).replace(f"-{os.getpid()}", "-1"))
+    assert killed != written[0]
+    killed.touch()
 
     monkeypatch.setattr(pathfinder, "draw_shard", draw)
     drawn.clear()
@@ -190,6 +202,7 @@ def test_an_interrupted_generation_keeps_its_finished_shards(
     assert 0 not in drawn
     assert 1 in drawn
     assert not shards.exists()
+    assert not killed.exists()
     assert resumed.manifest["files"] == whole.manifest["files"]
 
 

@@ -35,6 +35,7 @@ def test_expressions_may_have_the_official_files_parentheses() -> None:
         ("[MAX 2 3", r"1 bracket\(s\) do not close"),
         ("[MAX 2 ] 3", "ends at token 3 of 4"),
         ("2 ] [MAX 1", "ends at token 1 of 4"),
+        ("[MAX 1 [MIN ] ]", r"the operator '\[MIN' has no operand; allowed: one or more"),
         ("1 2 17", "token id 17 is not in the vocabulary of listops; allowed: 0 to 16"),
         ("-1", "'-1' is no token"),
         (",", "there is nothing in it"),

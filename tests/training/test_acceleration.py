@@ -151,6 +151,18 @@ def test_replayed_steps_have_the_losses_of_plain_steps(
     assert replayed == (pytest.approx(plain, rel=1e-3) if compile else plain)
 
 
+def test_what_must_rest_in_a_capture_is_told_before_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_: events.append("capture"))
+    device = torch.device("cpu")
+    model = tiny_model(device)
+    accelerated = AcceleratedForward(
+        model, compile=False, cuda_graph=True, before_capture=lambda: events.append("rest")
+    )
+    train(model, batches(model, device), accelerated)
+    assert events == ["rest", "capture"] * 2  # once a phase
+
+
 def test_evaluation_is_not_accelerated() -> None:
     model = tiny_model(torch.device("cpu"))
     compiled = []

@@ -363,3 +363,16 @@ def test_a_run_never_overwrites_another(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="runs/tiny exists; give another --run_name"):
         launch([*words, "--if_taken", "error"], tmp_path)
     assert files_below(tmp_path / "runs") == before
+
+
+@pytest.mark.ranks
+def test_data_that_a_setting_cannot_read_are_refused_before_the_run_has_a_folder(
+    tmp_path: Path,
+) -> None:
+    for split in ("train", "val", "test"):
+        lines = "( [MAX 1 2 ] )\t2\n" * 64 + "( [XOR 1 2 ] )\t2\n( [MAX 1 2 ] )\t2\n"
+        (tmp_path / f"basic_{split}.tsv").write_text(f"Source\tTarget\n{lines}")
+    words = [*command("python", 1), str(TRAIN), "--recipe", str(TINY), f"data.source={tmp_path}"]
+    with pytest.raises(AssertionError, match=r"training\.augment is True, but data\.source has"):
+        launch([*words, "training.augment=true"], tmp_path)
+    assert not (tmp_path / "runs").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,7 @@ def test_read_batch_keeps_two_documents_apart_and_every_byte() -> None:
     "device",
     [
         "cpu",
+        "cpu, by a thread",
         pytest.param(
             "cuda",
             marks=[
@@ -77,7 +80,11 @@ def test_read_batch_keeps_two_documents_apart_and_every_byte() -> None:
         ),
     ],
 )
-def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str, changed: bool) -> None:
+    def augment(ids: np.ndarray, keys: torch.Tensor) -> np.ndarray:
+        return ids + keys.numpy().astype(np.uint8)[:, None]
+
     draw = np.random.default_rng(0)
     split = Split(
         draw.integers(0, 9, (10, 6), dtype=np.uint8),
@@ -85,21 +92,46 @@ def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str) -> 
         draw.integers(0, 3, 10).astype(np.uint8),
     )
     order = BatchOrder(10, 4, seed=0)
+    device, _, thread = device.partition(", ")
+    asked: list[int] = []
+
+    def keys_of(step: int, places: np.ndarray) -> torch.Tensor:
+        asked.append(step)
+        # The last but one is the augmentation's.
+        return torch.from_numpy(100 * step + places).expand(4, -1)
+
     reader = BatchReader(
         split,
         order,
         places=lambda micro_step: micro_batch_positions(micro_step, 2, 0, 1),
         accumulation=2,
-        keys=lambda step, places: torch.from_numpy(100 * step + places),
+        keys=keys_of,
         device=torch.device(device),
+        augment=augment if changed else None,
+        values=(lambda ids: ids.astype(np.int8) * 2) if changed else None,
     )
-    # The third is out of order, as after a resumption.
-    for step, micro_step in ((0, 0), (0, 1), (5, 1), (6, 0), (6, 1)):
+    if thread:
+        reader._pool = ThreadPoolExecutor(1)
+    # The fourth is out of order, as after a resumption.
+    for step, micro_step in ((0, 0), (0, 1), (1, 0), (5, 1), (6, 0), (6, 1)):
         batch, keys = reader.read(step, micro_step)
         reader.read_ahead(step, micro_step)
         places = micro_batch_positions(micro_step, 2, 0, 1)
         wanted = read_batch(split, order.samples(step)[places], torch.device(device))
-        assert torch.equal(batch.input_ids, wanted.input_ids)
+        key = 100 * step + places
+        ids = wanted.input_ids + torch.from_numpy(changed * key).to(device)[:, None] % 256
+        assert torch.equal(batch.input_ids, ids)
+        assert (batch.values is None) is not changed
+        if batch.values is not None:
+            # Of the ids as they are after the change.
+            assert torch.equal(batch.values, (2 * ids).to(torch.int8).long())
         assert torch.equal(batch.padding_mask, wanted.padding_mask)
         assert torch.equal(batch.labels, wanted.labels)
-        assert keys.tolist() == (100 * step + places).tolist()
+        assert keys.tolist() == [key.tolist()] * 4
+    reader.settle()
+    if reader._pool is None:
+        assert asked == [0, 0, 1, 5, 6, 6]
+    else:
+        reader._pool.shutdown()
+        assert asked[-2:] == [7, 7]  # two are ready
+        assert len(asked) <= 6 + 4  # each was read once; besides these, two were read for nothing

@@ -12,22 +12,15 @@ import torch.nn.functional as F
 
 from spion_ds.data import TASKS, Dataset, Split
 from spion_ds.data.listops import encode, evaluate
-from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, SM_ID
-from spion_ds.errors import ConfigError
+from spion_ds.data.listops_levels import NO_VALUE, subexpression_values, take_apart
+from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, UNKNOWN_ID
+from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig
 from spion_ds.training.acceleration import AcceleratedForward
-from spion_ds.training.augmentation import shuffle_operands
-from spion_ds.training.subexpressions import (
-    NO_VALUE,
-    check_readable,
-    deepest_node,
-    depths_and_parents,
-    subexpression_loss,
-    subexpression_values,
-)
+from spion_ds.training.subexpressions import check_readable, subexpression_loss
 from tests.training.launching import digest, drive, losses, rows, summary
-from tests.training.test_augmentation import DEPTH, keys, trees
+from tests.training.test_augmentation import DEPTH, trees
 from tests.training.test_config import build
 
 SIZES = ModelConfig(
@@ -47,18 +40,6 @@ SIZES = ModelConfig(
 BRACKETS = TASKS["listops"].brackets
 
 
-def by_evaluator(ids: np.ndarray) -> list[int]:
-    """Return the values of one expression's operators, each evaluated on its own."""
-    values, opened = [NO_VALUE] * len(ids), []
-    for place, token in enumerate(ids.tolist()):
-        if MIN_ID <= token <= SM_ID:
-            opened.append(place)
-        elif token == CLOSE_ID:
-            first = opened.pop()
-            values[first] = evaluate(ids[first : place + 1].tolist())
-    return values
-
-
 def small_model(config: ModelConfig = SIZES) -> EncoderClassifier:
     torch.manual_seed(0)
     block = SparseAttentionConfig(block=16)
@@ -67,40 +48,9 @@ def small_model(config: ModelConfig = SIZES) -> EncoderClassifier:
 
 def some(count: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids, padding mask and values of random trees."""
-    ids = torch.from_numpy(trees(count)).long()
-    return ids, ids > 0, subexpression_values(ids, DEPTH)
-
-
-def test_values_are_those_of_the_evaluator_also_of_shuffled_operands() -> None:
-    ids = torch.from_numpy(trees(30)).long()
-    shuffled = shuffle_operands(ids, keys(30), DEPTH)
-    for expressions in (ids, shuffled):
-        found = subexpression_values(expressions, DEPTH)
-        assert found.tolist() == [by_evaluator(row) for row in expressions.numpy()]
-    assert set(found.unique().tolist()) == set(range(NO_VALUE, 10))
-
-
-@pytest.mark.parametrize(
-    ("expression", "values"),
-    [
-        ("[MED 9 0 8 3 ]", [5]),  # the mean of 3 and 8, truncated
-        ("[MED 7 7 1 ]", [7]),
-        ("[SM 9 9 [MIN 4 3 ] ]", [1, 3]),
-        ("[MAX 0 [SM 5 5 ] 0 ]", [0, 0]),
-        ("7", []),
-    ],
-)
-def test_values_of_known_expressions(expression: str, values: list[int]) -> None:
-    ids = torch.from_numpy(encode(expression, None)).long()[None]
-    found = subexpression_values(ids, 3)
-    assert found[found != NO_VALUE].tolist() == values
-
-
-def test_depths_and_parents_of_every_token() -> None:
-    ids = torch.from_numpy(encode("[MIN 1 [SM 5 6 ] 3 ]", None)).long()
-    depth, parent = depths_and_parents(F.pad(ids, (0, 2))[None], 3)
-    assert depth[0, :8].tolist() == [1, 2, 2, 3, 3, 2, 2, 1]
-    assert parent[0].tolist() == [0, 0, 0, 2, 2, 2, 0, 0, 0, 0]
+    ids = trees(count)
+    values = torch.from_numpy(subexpression_values(ids)).long()
+    return torch.from_numpy(ids).long(), torch.from_numpy(ids > 0), values
 
 
 def test_the_loss_is_the_mean_over_samples_whatever_the_split() -> None:
@@ -147,10 +97,13 @@ def test_tokens_are_told_how_deep_they_are_nested() -> None:
         *[0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 0],  # the deepest share the last level
         *[0, 0],
     ]
-    # A tree's depth counts from 1, and its brackets are as deep as their operator.
-    ids, real, _ = some()
-    depth, _ = depths_and_parents(ids, DEPTH)
-    assert torch.equal(small_model()._nesting(ids)[real], depth[real] - 1)
+    # Those of whole trees are what the data's own reading says.
+    ids = trees(4)
+    levels = take_apart(ids)
+    depth = np.repeat(np.arange(len(levels.bounds) - 1), np.diff(levels.bounds))
+    found = small_model()._nesting(torch.from_numpy(ids).long())[torch.from_numpy(levels.real)]
+    assert found[levels.place].tolist() == depth.tolist()
+    assert found[levels.closes].tolist() == depth[levels.operators].tolist()
     with pytest.raises(ConfigError, match=r"nesting_levels is 10; allowed: 0 without brackets"):
         EncoderClassifier(SIZES, SparseAttentionConfig(block=16), 17, 10, 640)
 
@@ -182,9 +135,7 @@ def test_compiled_steps_have_the_losses_of_plain_steps() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_the_same_values_and_replays_the_same_losses() -> None:
-    ids, _, values = some()
-    assert torch.equal(subexpression_values(ids.cuda(), DEPTH).cpu(), values)
+def test_a_gpu_replays_the_same_losses() -> None:
     plain = losses_of("cuda", compile=False, cuda_graph=False)
     replayed = losses_of("cuda", compile=False, cuda_graph=True)
     # The same kernels; those of matrix products may split their sums in another way.
@@ -223,20 +174,35 @@ def test_what_cannot_be_is_refused(recipe: str, overrides: tuple[str, ...], mess
         build(recipe, overrides=("model.subexpression_loss=1", *overrides))
 
 
-def test_the_depth_is_counted_and_another_vocabulary_is_refused() -> None:
-    ids = trees(20)
+def test_what_reads_expressions_refuses_other_data() -> None:
+    ids = trees(40)
     labels = np.array([evaluate(row.tolist()) for row in ids], np.uint8)
     lengths = (ids > 0).sum(axis=1).astype(np.int32)
 
-    def dataset(tokens: np.ndarray) -> Dataset:
+    def check(tokens: np.ndarray, *overrides: str) -> None:
         split = Split(tokens, lengths, labels)
-        return Dataset(split, split, split, Path(), {})
+        config = build("listops_small", overrides=overrides)
+        check_readable(config, Dataset(split, split, split, Path("data/listops-1"), {}))
 
-    assert deepest_node(dataset(ids).train) == DEPTH
-    check_readable(dataset(ids), "model.subexpression_loss", 1.0, 0)
-    other = dataset(np.where(ids > 0, 17 - ids, 0).astype(np.uint8))
-    with pytest.raises(ConfigError, match=r"subexpression_loss is 1\.0, but data\.source"):
-        check_readable(other, "model.subexpression_loss", 1.0, 0)
+    reading = ("training.augment=true",)
+    check(ids, *reading)
+    other = np.where(ids > 0, 17 - ids, 0).astype(np.uint8)
+    check(other)
+    values = ("model.pooling=attention", "model.subexpression_loss=1")
+    for overrides, message in (
+        (reading, r"training\.augment is True, but data\.source .* set training\.augment to False"),
+        (values, r"subexpression_loss is 1\.0, but data\.source .* set .* to 0,"),
+        (("model.nesting_levels=4",), r"nesting_levels is 4, but data\.source"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(other, *overrides)
+    unknown, empty = ids.copy(), ids.copy()
+    unknown[30, 1] = UNKNOWN_ID
+    with pytest.raises(ConfigError, match=r"another vocabulary"):
+        check(unknown, *reading)
+    empty[30, :3] = MIN_ID, CLOSE_ID, 0
+    with pytest.raises(DataError, match=r"listops-1: training sample 30 is an operator without"):
+        check(empty, *reading)
 
 
 @pytest.mark.ranks
