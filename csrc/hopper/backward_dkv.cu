@@ -117,7 +117,8 @@ __device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int block,
 }
 
 // The key and value tiles of a warpgroup's own block. They are asked for as soon as the last item's
-// products have read theirs, before its results are stored, and moved to the L2 cache an item earlier.
+// products have read theirs, before its results are stored, and moved to the L2 cache an item
+// earlier.
 template <int kHeadDim>
 struct OwnTiles {
   const HopperProblem& problem;
@@ -217,7 +218,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem,
         wgmma_commit();
         multiply_transposed<T, kHeadDim>(dprobs, own_tiles.key + R::kTileBytes, ring.tile(step, 1));
         wgmma_commit();
-        // Loads wait behind the products' own reads of shared memory: they start as early as they can.
+        // Loads wait behind the products' own reads of shared memory: they start early.
         float4 values[2];
         load_half(values, statistics);
         wgmma_wait<1>();
