@@ -15,7 +15,7 @@ namespace {
 constexpr int kStatisticsBytes = 2 * kBlock * 4;
 
 template <int kHeadDim>
-using DkvRing = Ring<kHeadDim, kStatisticsBytes>;
+using DkvRing = Ring<kHeadDim, kStatisticsBytes, kHeadDim == 64 ? 8 : 5>;
 
 struct DkvTensors {
   HopperTensor dk, dv;
@@ -38,19 +38,6 @@ __device__ __forceinline__ void store_slot(float* slot, const float (&values)[kH
   }
 }
 
-template <int kHeadDim>
-__device__ __forceinline__ void add_slot(float (&values)[kHeadDim / 2], const float* slot,
-                                         int thread) {
-#pragma unroll
-  for (int i = 0; i < kHeadDim / 8; ++i) {
-    const float4 x = reinterpret_cast<const float4*>(slot)[i * 128 + thread];
-    values[i * 4] += x.x;
-    values[i * 4 + 1] += x.y;
-    values[i * 4 + 2] += x.z;
-    values[i * 4 + 3] += x.w;
-  }
-}
-
 // Writes dK and dV of one block; a padded key is never attended to, so its gradients are 0.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_gradients(const HopperProblem& problem,
@@ -69,101 +56,218 @@ __device__ __forceinline__ void store_gradients(const HopperProblem& problem,
                           tensors.dv.token_stride, row, column, problem.keys, low, high);
 }
 
+// Eight of the thread's 16 values of a statistic, two loads.
+__device__ __forceinline__ void load_half(float4 (&x)[2], uint32_t statistics) {
+  x[0] = load_shared(statistics);
+  x[1] = load_shared(statistics + 64);
+}
+
+// Probabilities of half of a tile's queries, scores * scale - lse to base 2.
+template <int kFirst>
+__device__ __forceinline__ void exponentials(float (&x)[32], const float4 (&lse)[2], float scale) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float* p = x + kFirst + i * 8;
+    p[0] = exp2_fast(fmaf(p[0], scale, -lse[i].x));
+    p[1] = exp2_fast(fmaf(p[1], scale, -lse[i].y));
+    p[2] = exp2_fast(fmaf(p[2], scale, -lse[i].x));
+    p[3] = exp2_fast(fmaf(p[3], scale, -lse[i].y));
+    p[4] = exp2_fast(fmaf(p[4], scale, -lse[i].z));
+    p[5] = exp2_fast(fmaf(p[5], scale, -lse[i].w));
+    p[6] = exp2_fast(fmaf(p[6], scale, -lse[i].z));
+    p[7] = exp2_fast(fmaf(p[7], scale, -lse[i].w));
+  }
+}
+
+template <int kFirst>
+__device__ __forceinline__ void subtract(float (&x)[32], const float4 (&delta)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float* p = x + kFirst + i * 8;
+    p[0] -= delta[i].x;
+    p[1] -= delta[i].y;
+    p[2] -= delta[i].x;
+    p[3] -= delta[i].y;
+    p[4] -= delta[i].z;
+    p[5] -= delta[i].w;
+    p[6] -= delta[i].z;
+    p[7] -= delta[i].w;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply(uint32_t (&x)[4][4], const uint32_t (&y)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    x[i / 4][i % 4] = multiply_pairs<T>(x[i / 4][i % 4], y[i / 4][i % 4]);
+  }
+}
+
+__device__ __forceinline__ int own_of(const Item& item, int warpgroup) {
+  return warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int block, int head,
+                                              int batch) {
+#pragma unroll
+  for (int box = 0; box < kHeadDim / 64; ++box) {
+    prefetch_box(map, box * 64, block * kBlock, head, batch);
+  }
+}
+
+// The key and value tiles of a warpgroup's own block. They are asked for as soon as the last item's
+// products have read theirs, before its results are stored, and moved to the L2 cache an item
+// earlier.
+template <int kHeadDim>
+struct OwnTiles {
+  const HopperProblem& problem;
+  const CUtensorMap *k_map, *v_map;
+  const int* items;
+  int warpgroup, thread;
+  uint32_t key, barrier;  // values follow keys
+
+  // Calls ``use`` in one lane with the block, head and batch of an item, if this warpgroup has one.
+  template <typename Use>
+  __device__ __forceinline__ void visit(int index, Use use) const {
+    const Item item = load_item(items, index);
+    const int own = own_of(item, warpgroup);
+    if (thread == 0 && own >= 0) {
+      const int blocks = (problem.keys + 63) / 64;
+      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
+      use(own % blocks, where.head, where.batch);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void prefetch(int index) const {
+    visit(index, [&](int block, int head, int batch) {
+      prefetch_tile<kHeadDim>(k_map, block, head, batch);
+      prefetch_tile<kHeadDim>(v_map, block, head, batch);
+    });
+  }
+
+  // All threads of the warpgroup call it once their products with the last tiles are complete.
+  __device__ __forceinline__ void request(int index) const {
+    warpgroup_sync(warpgroup);
+    visit(index, [&](int block, int head, int batch) {
+      barrier_expect(barrier, 2 * kBlock * kHeadDim * 2);
+      copy_tile<kHeadDim>(key, k_map, barrier, block, head, batch);
+      copy_tile<kHeadDim>(key + kBlock * kHeadDim * 2, v_map, barrier, block, head, batch);
+    });
+  }
+};
+
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void consume(const HopperProblem& problem, const CUtensorMap* k_map,
-                                        const CUtensorMap* v_map, const DkvTensors& tensors,
-                                        const HopperWork& work, const DkvRing<kHeadDim>& ring,
-                                        uint32_t own_tiles, uint32_t own_barrier) {
+__device__ __forceinline__ void consume(const HopperProblem& problem,
+                                        const OwnTiles<kHeadDim>& own_tiles,
+                                        const DkvTensors& tensors, const HopperWork& work,
+                                        const DkvRing<kHeadDim>& ring) {
+  using R = DkvRing<kHeadDim>;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.keys + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  uint32_t base = 0, seen = DkvRing<kHeadDim>::kWindow - 1, own_parity = 0;
-  const int end = __ldg(work.starts + blockIdx.x + 1);
-  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
+  const uint32_t lane_offset = lane % 4 * 16;
+  uint32_t base = 0, seen = R::kWindow - 1, own_parity = 0;
+  const int begin = __ldg(work.starts + blockIdx.x), end = __ldg(work.starts + blockIdx.x + 1);
+  if (begin < end) {
+    own_tiles.request(begin);
+  }
+  for (int index = begin; index < end; ++index) {
     const Item item = load_item(work.items, index);
-    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
-    if (own >= 0) {
-      const int slot = warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
-      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
-      own %= blocks;
-      // Every warp has read the last item's keys and values.
-      warpgroup_sync(warpgroup);
-      if (thread == 0) {
-        barrier_expect(own_barrier, 2 * DkvRing<kHeadDim>::kTileBytes);
-        copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
-        copy_tile<kHeadDim>(own_tiles + DkvRing<kHeadDim>::kTileBytes, v_map, own_barrier, own,
-                            where.head, where.batch);
-      }
-      float dk[kHeadDim / 2], dv[kHeadDim / 2];
+    const int owner = own_of(item, warpgroup);
+    float dk[kHeadDim / 2], dv[kHeadDim / 2];
+    if (owner >= 0) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) {
         dk[i] = dv[i] = 0.0f;
       }
       EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       int position, partner;
-      barrier_wait(own_barrier, own_parity);
+      if (index + 1 < end) {
+        own_tiles.prefetch(index + 1);
+      }
+      barrier_wait(own_tiles.barrier, own_parity);
       own_parity ^= 1;
+      // dK's product is left running: past the next tile's scores where registers allow it, else
+      // until they are issued.
+      constexpr bool kOverlap = kHeadDim == 128;
+      uint32_t held = 0;
+      bool holds = false;
       while (walk.next(position, partner)) {
         const uint32_t step = base + position;
+        // The stage ahead can be the one that is held: let go before a long wait.
+        if (holds && step - held >= R::kStages - 1) {
+          wgmma_wait<0>();
+          ring.release(held, lane);
+          holds = false;
+        }
+        const uint32_t statistics = ring.extra(step) + lane_offset;
         float probs[32], dprobs[32];
         ring.wait_full(step, seen);
-        wgmma_fence();
-        multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
-        wgmma_commit();
-        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + DkvRing<kHeadDim>::kTileBytes,
-                                         ring.tile(step, 1));
-        wgmma_commit();
-        const uint32_t statistics = ring.extra(step) + column * 32;
-        wgmma_wait<1>();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4 lse = load_shared(statistics + i * 16);
-          float* p = probs + i * 8;
-          p[0] = exp2_fast(fmaf(p[0], scale, -lse.x));
-          p[1] = exp2_fast(fmaf(p[1], scale, -lse.y));
-          p[2] = exp2_fast(fmaf(p[2], scale, -lse.x));
-          p[3] = exp2_fast(fmaf(p[3], scale, -lse.y));
-          p[4] = exp2_fast(fmaf(p[4], scale, -lse.z));
-          p[5] = exp2_fast(fmaf(p[5], scale, -lse.w));
-          p[6] = exp2_fast(fmaf(p[6], scale, -lse.z));
-          p[7] = exp2_fast(fmaf(p[7], scale, -lse.w));
+        if constexpr (!kOverlap) {
+          wgmma_wait<0>();
+          if (holds) {
+            ring.release(held, lane);
+          }
         }
+        wgmma_fence();
+        multiply_transposed<T, kHeadDim>(probs, own_tiles.key, ring.tile(step, 0));
+        wgmma_commit();
+        multiply_transposed<T, kHeadDim>(dprobs, own_tiles.key + R::kTileBytes, ring.tile(step, 1));
+        wgmma_commit();
+        // Loads wait behind the products' own reads of shared memory: they start early.
+        float4 values[2];
+        load_half(values, statistics);
+        wgmma_wait<1>();
+        if constexpr (kOverlap) {
+          if (holds) {
+            ring.release(held, lane);
+          }
+        }
+        exponentials<0>(probs, values, scale);
+        load_half(values, statistics + 128);
+        exponentials<16>(probs, values, scale);
         uint32_t operand[4][4];
         to_operand<T>(operand, probs);
         wgmma_fence();
         accumulate_product<T, kHeadDim>(dv, operand, ring.tile(step, 1));
         wgmma_commit();
+        load_half(values, statistics + 256);
         wgmma_wait<1>();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float4 delta = load_shared(statistics + kBlock * 4 + i * 16);
-          float* dp = dprobs + i * 8;
-          dp[0] -= delta.x;
-          dp[1] -= delta.y;
-          dp[2] -= delta.x;
-          dp[3] -= delta.y;
-          dp[4] -= delta.z;
-          dp[5] -= delta.w;
-          dp[6] -= delta.z;
-          dp[7] -= delta.w;
-        }
+        subtract<0>(dprobs, values);
+        load_half(values, statistics + 384);
+        subtract<16>(dprobs, values);
         uint32_t dscores[4][4];
         to_operand<T>(dscores, dprobs);
         // In pairs of T: half the instructions, and no float32 probabilities in 32 registers.
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          dscores[i / 4][i % 4] = multiply_pairs<T>(dscores[i / 4][i % 4], operand[i / 4][i % 4]);
-        }
+        multiply<T>(dscores, operand);
         wgmma_fence();
         accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
         wgmma_commit();
-        wgmma_wait<0>();
-        ring.release(step, lane);
+        if constexpr (kOverlap) {
+          wgmma_wait<1>();  // dV's, whose operand's registers are free then.
+        }
+        held = step;
+        holds = true;
       }
+      wgmma_wait<0>();
+      if (holds) {
+        ring.release(held, lane);
+      }
+    }
+    if (index + 1 < end) {
+      own_tiles.request(index + 1);
+    }
+    if (owner >= 0) {
+      const int slot =
+          warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
       if (slot < 0) {
-        store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);
+        const Place where = place(item.copy, owner, problem.kv_heads, blocks, problem.per_head);
+        store_gradients<T, kHeadDim>(problem, tensors, where, owner % blocks, dk, dv, row_in_block,
+                                     column);
       } else {
         float* target = tensors.workspace +
                         (int64_t(item.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
@@ -182,12 +286,13 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
         const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
         const HopperProblem problem, const DkvTensors tensors, const HopperWork work) {
   constexpr int kOwners = Roles<kHeadDim>::kOwners;
-  extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[DkvRing<kHeadDim>::kBarrierWords + kOwners];
-  const uint32_t own_tiles = (shared_address(shared) + 1023) & ~1023u;
-  const uint32_t own_barriers = shared_address(barriers) + 8 * DkvRing<kHeadDim>::kBarrierWords;
-  const DkvRing<kHeadDim> ring(own_tiles + kOwners * 2 * DkvRing<kHeadDim>::kTileBytes,
-                               shared_address(barriers));
+  // Own tiles, ring, barriers. Nothing else is in shared memory, so that it starts aligned.
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t own_tiles = shared_address(shared);
+  const uint32_t tiles = own_tiles + kOwners * 2 * DkvRing<kHeadDim>::kTileBytes;
+  const uint32_t barriers = tiles + DkvRing<kHeadDim>::kBytes;
+  const uint32_t own_barriers = barriers + 8 * DkvRing<kHeadDim>::kBarrierWords;
+  const DkvRing<kHeadDim> ring(tiles, barriers);
   if (threadIdx.x == 0) {
     ring.init();
     for (int owner = 0; owner < kOwners; ++owner) {
@@ -216,37 +321,63 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
   } else {
     grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     const int warpgroup = warpgroup_index();
-    consume<T, kHeadDim>(problem, &k_map, &v_map, tensors, work, ring,
-                         own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes,
-                         own_barriers + 8 * warpgroup);
+    const uint32_t key = own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes;
+    const OwnTiles<kHeadDim> own{problem,
+                                 &k_map,
+                                 &v_map,
+                                 work.items,
+                                 warpgroup,
+                                 int(threadIdx.x % 128),
+                                 key,
+                                 own_barriers + 8 * warpgroup};
+    consume<T, kHeadDim>(problem, own, tensors, work, ring);
   }
 }
 
-// One workgroup a split block and copy.
+// One workgroup a split block, copy, gradient and 8 columns.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(128)
     block_sparse_attention_bwd_reduce_kernel(const HopperProblem problem, const DkvTensors tensors,
                                              const HopperSplits splits) {
-  const int split = blockIdx.x % splits.split_count, copy = blockIdx.x / splits.split_count;
+  constexpr int kGroups = kHeadDim / 8;
+  const int group = blockIdx.x % kGroups, index = blockIdx.x / (2 * kGroups);
+  const bool is_key = blockIdx.x / kGroups % 2 == 0;
+  const int split = index % splits.split_count, copy = index / splits.split_count;
   const int block = __ldg(splits.splits + split * 3);
   const int first = __ldg(splits.splits + split * 3 + 1);
   const int parts = __ldg(splits.splits + split * 3 + 2);
   const int thread = threadIdx.x, lane = thread % 32;
   const int blocks = (problem.keys + 63) / 64;
   const Place where = place(copy, block, problem.kv_heads, blocks, problem.per_head);
-  const float* slot =
-      tensors.workspace + (int64_t(copy) * tensors.slot_count + first) * kSlotFloats<kHeadDim>;
-  float dk[kHeadDim / 2], dv[kHeadDim / 2];
+  const int64_t slot = (int64_t(copy) * tensors.slot_count + first) * kSlotFloats<kHeadDim> +
+                       (is_key ? 0 : kSlotFloats<kHeadDim> / 2);
+  const float4* source =
+      reinterpret_cast<const float4*>(tensors.workspace + slot) + group * 128 + thread;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+  for (int part = 0; part < parts; ++part) {
+    const float4 x = source[part * (kSlotFloats<kHeadDim> / 4)];
+    sum.x += x.x;
+    sum.y += x.y;
+    sum.z += x.z;
+    sum.w += x.w;
+  }
+  const uint64_t bits = key_bits(problem, where.batch, block % blocks);
+  const HopperTensor& target = is_key ? tensors.dk : tensors.dv;
+  const float factor = is_key ? problem.scale : 1.0f;
+  const int row_in_block = thread / 32 * 16 + lane / 4, column = group * 8 + lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < kHeadDim / 2; ++i) {
-    dk[i] = dv[i] = 0.0f;
+  for (int half = 0; half < 2; ++half) {
+    const int inside = row_in_block + half * 8;
+    const int row = block % blocks * kBlock + inside;
+    if (row < problem.keys) {
+      // A padded key is never attended to, so its gradients are 0.
+      const float f = bits >> inside & 1 ? factor : 0.0f;
+      *reinterpret_cast<uint32_t*>(head_of<T>(target, where.batch, where.head) +
+                                   int64_t(row) * target.token_stride + column) =
+          half ? pack<T>(sum.z * f, sum.w * f) : pack<T>(sum.x * f, sum.y * f);
+    }
   }
-  for (int part = 0; part < parts; ++part, slot += kSlotFloats<kHeadDim>) {
-    add_slot<kHeadDim>(dk, slot, thread);
-    add_slot<kHeadDim>(dv, slot + kSlotFloats<kHeadDim> / 2, thread);
-  }
-  store_gradients<T, kHeadDim>(problem, tensors, where, block % blocks, dk, dv,
-                               thread / 32 * 16 + lane / 4, lane % 4 * 2);
 }
 
 template <typename T, int kHeadDim>
@@ -261,16 +392,19 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
     return cudaErrorInvalidValue;
   }
   const int copies = problem.batch * (problem.per_head ? 1 : problem.kv_heads);
-  const int shared =
-      DkvRing<kHeadDim>::kBytes + Roles<kHeadDim>::kOwners * 2 * DkvRing<kHeadDim>::kTileBytes;
+  using R = DkvRing<kHeadDim>;
+  constexpr int kOwners = Roles<kHeadDim>::kOwners;
+  constexpr int kShared =
+      kOwners * 2 * R::kTileBytes + R::kBytes + 8 * (R::kBarrierWords + kOwners);
+  static_assert(kShared <= 232448);
   const cudaError_t error =
       launch(block_sparse_attention_bwd_dkv_kernel<T, kHeadDim>, work.workgroups,
-             Roles<kHeadDim>::kThreads, shared + 1024, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
+             Roles<kHeadDim>::kThreads, kShared, stream, q_map, grad_map, k_map, v_map, problem, tensors, work);
   if (error != cudaSuccess) {
     return error;
   }
   return launch(block_sparse_attention_bwd_reduce_kernel<T, kHeadDim>,
-                int64_t(splits.split_count) * copies, 128, 0, stream, problem, tensors, splits);
+                int64_t(splits.split_count) * copies * (kHeadDim / 4), 128, 0, stream, problem, tensors, splits);
 }
 
 }  // namespace

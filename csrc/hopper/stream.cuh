@@ -94,12 +94,12 @@ struct EntryWalk {
 };
 
 // The ring of stages: two tiles, then kExtraBytes of row statistics.
-template <int kHeadDim, int kExtraBytes_ = 0>
+template <int kHeadDim, int kExtraBytes_ = 0, int kStages_ = kHeadDim == 64 ? 8 : 4>
 struct Ring {
   static constexpr int kOwners = Roles<kHeadDim>::kOwners;
   static constexpr int kExtraBytes = kExtraBytes_;
   static constexpr int kTileBytes = kBlock * kHeadDim * 2;
-  static constexpr int kStages = kHeadDim == 64 ? 8 : 4;
+  static constexpr int kStages = kStages_;
   static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
   static constexpr int kBytes = kTilesBytes + kStages * kExtraBytes;
 
@@ -311,9 +311,10 @@ __device__ __forceinline__ uint64_t key_bits(const HopperProblem& problem, int b
   return inside >= 64 ? ~0ull : (1ull << inside) - 1;
 }
 
-// Where lse and delta of a block's token lie: a thread's, 2 of every 8 tokens, are contiguous.
+// Where lse and delta of a block's token lie: 2 of 8 tokens and 2 of the next 8 are one thread's 16
+// bytes, and those of the four threads that differ are neighbours: no bank conflicts.
 __device__ __forceinline__ int statistics_index(int token) {
-  return token % 8 / 2 * 16 + token / 8 * 2 + token % 2;
+  return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
 }
 
 __device__ __forceinline__ float quad_max(float x) {
