@@ -103,66 +103,11 @@ __device__ __forceinline__ void multiply(uint32_t (&x)[4][4], const uint32_t (&y
   }
 }
 
-__device__ __forceinline__ int own_of(const Item& item, int warpgroup) {
-  return warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
-}
-
-template <int kHeadDim>
-__device__ __forceinline__ void prefetch_tile(const CUtensorMap* map, int block, int head,
-                                              int batch) {
-#pragma unroll
-  for (int box = 0; box < kHeadDim / 64; ++box) {
-    prefetch_box(map, box * 64, block * kBlock, head, batch);
-  }
-}
-
-// The key and value tiles of a warpgroup's own block. They are asked for as soon as the last item's
-// products have read theirs, before its results are stored, and moved to the L2 cache an item
-// earlier.
-template <int kHeadDim>
-struct OwnTiles {
-  const HopperProblem& problem;
-  const CUtensorMap *k_map, *v_map;
-  const int* items;
-  int warpgroup, thread;
-  uint32_t key, barrier;  // values follow keys
-
-  // Calls ``use`` in one lane with the block, head and batch of an item, if this warpgroup has one.
-  template <typename Use>
-  __device__ __forceinline__ void visit(int index, Use use) const {
-    const Item item = load_item(items, index);
-    const int own = own_of(item, warpgroup);
-    if (thread == 0 && own >= 0) {
-      const int blocks = (problem.keys + 63) / 64;
-      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
-      use(own % blocks, where.head, where.batch);
-    }
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void prefetch(int index) const {
-    visit(index, [&](int block, int head, int batch) {
-      prefetch_tile<kHeadDim>(k_map, block, head, batch);
-      prefetch_tile<kHeadDim>(v_map, block, head, batch);
-    });
-  }
-
-  // All threads of the warpgroup call it once their products with the last tiles are complete.
-  __device__ __forceinline__ void request(int index) const {
-    warpgroup_sync(warpgroup);
-    visit(index, [&](int block, int head, int batch) {
-      barrier_expect(barrier, 2 * kBlock * kHeadDim * 2);
-      copy_tile<kHeadDim>(key, k_map, barrier, block, head, batch);
-      copy_tile<kHeadDim>(key + kBlock * kHeadDim * 2, v_map, barrier, block, head, batch);
-    });
-  }
-};
-
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void consume(const HopperProblem& problem,
-                                        const OwnTiles<kHeadDim>& own_tiles,
-                                        const DkvTensors& tensors, const HopperWork& work,
-                                        const DkvRing<kHeadDim>& ring) {
+__device__ __forceinline__ void consume(const HopperProblem& problem, const CUtensorMap* k_map,
+                                        const CUtensorMap* v_map, const DkvTensors& tensors,
+                                        const HopperWork& work, const DkvRing<kHeadDim>& ring,
+                                        uint32_t own_tiles, uint32_t own_barrier) {
   using R = DkvRing<kHeadDim>;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
@@ -171,29 +116,34 @@ __device__ __forceinline__ void consume(const HopperProblem& problem,
   const float scale = problem.scale * 1.4426950408889634f;
   const uint32_t lane_offset = lane % 4 * 16;
   uint32_t base = 0, seen = R::kWindow - 1, own_parity = 0;
-  const int begin = __ldg(work.starts + blockIdx.x), end = __ldg(work.starts + blockIdx.x + 1);
-  if (begin < end) {
-    own_tiles.request(begin);
-  }
-  for (int index = begin; index < end; ++index) {
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
     const Item item = load_item(work.items, index);
-    const int owner = own_of(item, warpgroup);
-    float dk[kHeadDim / 2], dv[kHeadDim / 2];
-    if (owner >= 0) {
+    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
+    if (own >= 0) {
+      const int slot = warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
+      const Place where = place(item.copy, own, problem.kv_heads, blocks, problem.per_head);
+      own %= blocks;
+      // Every warp has read the last item's keys and values.
+      warpgroup_sync(warpgroup);
+      if (thread == 0) {
+        barrier_expect(own_barrier, 2 * R::kTileBytes);
+        copy_tile<kHeadDim>(own_tiles, k_map, own_barrier, own, where.head, where.batch);
+        copy_tile<kHeadDim>(own_tiles + R::kTileBytes, v_map, own_barrier, own,
+                            where.head, where.batch);
+      }
+      float dk[kHeadDim / 2], dv[kHeadDim / 2];
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) {
         dk[i] = dv[i] = 0.0f;
       }
       EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       int position, partner;
-      if (index + 1 < end) {
-        own_tiles.prefetch(index + 1);
-      }
-      barrier_wait(own_tiles.barrier, own_parity);
+      barrier_wait(own_barrier, own_parity);
       own_parity ^= 1;
-      // dK's product is left running: past the next tile's scores where registers allow it, else
-      // until they are issued.
-      constexpr bool kOverlap = kHeadDim == 128;
+      // dK's product runs on past the end of a step, whose stage it then holds: at head_dim 64 until
+      // the next scores are asked for, at 128, where a product takes twice as long, beside them.
+      constexpr bool kBeside = kHeadDim == 128;
       uint32_t held = 0;
       bool holds = false;
       while (walk.next(position, partner)) {
@@ -207,22 +157,22 @@ __device__ __forceinline__ void consume(const HopperProblem& problem,
         const uint32_t statistics = ring.extra(step) + lane_offset;
         float probs[32], dprobs[32];
         ring.wait_full(step, seen);
-        if constexpr (!kOverlap) {
+        if constexpr (!kBeside) {
           wgmma_wait<0>();
           if (holds) {
             ring.release(held, lane);
           }
         }
         wgmma_fence();
-        multiply_transposed<T, kHeadDim>(probs, own_tiles.key, ring.tile(step, 0));
+        multiply_transposed<T, kHeadDim>(probs, own_tiles, ring.tile(step, 0));
         wgmma_commit();
-        multiply_transposed<T, kHeadDim>(dprobs, own_tiles.key + R::kTileBytes, ring.tile(step, 1));
+        multiply_transposed<T, kHeadDim>(dprobs, own_tiles + R::kTileBytes, ring.tile(step, 1));
         wgmma_commit();
-        // Loads wait behind the products' own reads of shared memory: they start early.
+        // Loads wait behind the products' own reads of shared memory: they start as early as they can.
         float4 values[2];
         load_half(values, statistics);
         wgmma_wait<1>();
-        if constexpr (kOverlap) {
+        if constexpr (kBeside) {
           if (holds) {
             ring.release(held, lane);
           }
@@ -247,8 +197,8 @@ __device__ __forceinline__ void consume(const HopperProblem& problem,
         wgmma_fence();
         accumulate_product<T, kHeadDim>(dk, dscores, ring.tile(step, 0));
         wgmma_commit();
-        if constexpr (kOverlap) {
-          wgmma_wait<1>();  // dV's, whose operand's registers are free then.
+        if constexpr (kBeside) {
+          wgmma_wait<1>();  // dV's product, whose operand's registers are free then
         }
         held = step;
         holds = true;
@@ -257,17 +207,8 @@ __device__ __forceinline__ void consume(const HopperProblem& problem,
       if (holds) {
         ring.release(held, lane);
       }
-    }
-    if (index + 1 < end) {
-      own_tiles.request(index + 1);
-    }
-    if (owner >= 0) {
-      const int slot =
-          warpgroup == 0 ? item.slot[0] : warpgroup == 1 ? item.slot[1] : item.slot[2];
       if (slot < 0) {
-        const Place where = place(item.copy, owner, problem.kv_heads, blocks, problem.per_head);
-        store_gradients<T, kHeadDim>(problem, tensors, where, owner % blocks, dk, dv, row_in_block,
-                                     column);
+        store_gradients<T, kHeadDim>(problem, tensors, where, own, dk, dv, row_in_block, column);
       } else {
         float* target = tensors.workspace +
                         (int64_t(item.copy) * tensors.slot_count + slot) * kSlotFloats<kHeadDim>;
@@ -321,16 +262,9 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
   } else {
     grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     const int warpgroup = warpgroup_index();
-    const uint32_t key = own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes;
-    const OwnTiles<kHeadDim> own{problem,
-                                 &k_map,
-                                 &v_map,
-                                 work.items,
-                                 warpgroup,
-                                 int(threadIdx.x % 128),
-                                 key,
-                                 own_barriers + 8 * warpgroup};
-    consume<T, kHeadDim>(problem, own, tensors, work, ring);
+    consume<T, kHeadDim>(problem, &k_map, &v_map, tensors, work, ring,
+                         own_tiles + warpgroup * 2 * DkvRing<kHeadDim>::kTileBytes,
+                         own_barriers + 8 * warpgroup);
   }
 }
 

@@ -93,15 +93,6 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       : "memory");
 }
 
-// Moves one box to the L2 cache.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int dim, int token, int head,
-                                             int batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(
-                   map),
-               "r"(dim), "r"(token), "r"(head), "r"(batch)
-               : "memory");
-}
-
 // Copies ``bytes`` (a multiple of 16, 16-byte aligned) of global memory; counts them likewise.
 __device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, uint32_t bytes,
                                            uint32_t barrier) {
