@@ -193,7 +193,7 @@ def draw(config: RunConfig) -> Dataset:
     return Dataset(split(SAMPLES), split(8), split(8), Path(), {})
 
 
-def gate(bench: Bench, recipe: str, small: bool) -> float:
+def gate(bench: Bench, recipe: str, small: bool, overrides: Sequence[str]) -> float:
     """Return the largest relative difference of the losses of trainer and plain loop in fp32.
 
     Raises:
@@ -202,11 +202,12 @@ def gate(bench: Bench, recipe: str, small: bool) -> float:
     config = bench.configure(
         recipe,
         small,
+        *overrides,
         "training.precision=fp32",
         "model.dropout=0.0",
         "model.attention_dropout=0.0",
         "training.log_every=1",
-        "training.batch_size=8",
+        "training.batch_size=4",
         "optimizer.warmup_steps=1",
     )
     dataset = draw(config)
@@ -281,8 +282,7 @@ def _switch(trainer: Trainer, config: RunConfig, density: float) -> None:
     masks = [spion_like_mask(blocks, density)] * config.model.layers
     set_masks(trainer.model, masks)
     trainer.state.masks, trainer.state.switch_step = masks, 0
-    for attention in trainer.model.attentions:
-        attention.prepare(config.data.sequence_length, trainer.device)
+    trainer.model.prepare(config.batches.micro, trainer.device)
 
 
 @contextmanager
@@ -317,7 +317,7 @@ def _wait(device: torch.device) -> None:
 def measure(bench: Bench, recipe: str, small: bool, overrides: Sequence[str]) -> list[str]:
     """Return the table's lines for a recipe."""
     on_gpu = bench.ranks.device.type == "cuda"
-    error = gate(bench, recipe, small)
+    error = gate(bench, recipe, small, overrides)
     print(f"{recipe}: fp32 losses of {GATE_STEPS} steps differ by {error:.1e} at most", flush=True)
     lines: list[str] = []
     fastest = float("inf")

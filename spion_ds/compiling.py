@@ -144,7 +144,11 @@ class Library:
             dir=path.parent, prefix="build-", ignore_cleanup_errors=True
         ) as build:
             built = Path(build) / f"{self.name}.so"
-            self.compile(sources, built)
+            try:
+                self.compile(sources, built)
+            except subprocess.SubprocessError as error:
+                # PyTorch asks a compiler for its version before it builds CUDA sources.
+                raise RuntimeError(str(error)) from error
             os.replace(built, path)
 
 

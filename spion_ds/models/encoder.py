@@ -301,6 +301,19 @@ class EncoderClassifier(nn.Module):
         """The attention module of each layer, in order."""
         return [layer.attention for layer in self.layers]  # type: ignore[misc]
 
+    def prepare(self, samples: int, device: torch.device) -> None:
+        """Derive now what passes over ``samples`` inputs on ``device`` need of the patterns.
+
+        A pass does that itself, but a compiled or captured one cannot.
+        """
+        config, dtype = self.config, next(self.parameters()).dtype
+        length, queries = self.sizes["max_length"], None
+        if not self._reads_mask:  # with a mask, nothing depends on the number of samples
+            shape = (samples * self.documents, config.heads, length, config.head_dim)
+            queries = torch.empty(1, dtype=dtype, device=device).expand(shape)
+        for attention in self.attentions:
+            attention.prepare(length, device, queries)
+
     def forward(
         self,
         input_ids: Tensor,

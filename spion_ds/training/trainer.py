@@ -405,8 +405,7 @@ class Trainer:
 
     def _derive_layouts(self) -> None:
         """Make the layouts now: a compiled step could not."""
-        for attention in self.model.attentions:
-            attention.prepare(self.config.data.sequence_length, self.device)
+        self.model.prepare(self.config.batches.micro, self.device)
 
     def _compare_layouts(self) -> None:
         """Raise on all ranks unless all have the same layouts."""

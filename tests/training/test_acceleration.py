@@ -57,8 +57,7 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
             mask = torch.eye(4, dtype=torch.bool)
             mask[:, 1] = True
             set_masks(model, [mask, mask])
-        for attention in model.attentions:
-            attention.prepare(LENGTH, inputs[0].device)
+        model.prepare(len(labels), labels.device)
         with forward.step(number >= 3, tuple(inputs)):
             loss = F.cross_entropy(model(*inputs), labels)
         pattern_loss = model.take_pattern_loss()
