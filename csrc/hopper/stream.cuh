@@ -37,6 +37,17 @@ __device__ __forceinline__ Item load_item(const int* items, int index) {
   return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}};
 }
 
+// What one warpgroup needs of an item: its block among ``own``.
+struct OwnItem {
+  int first = 0, count = 0, copy = 0, own = -1;
+};
+
+__device__ __forceinline__ OwnItem load_own_item(const int* items, int index, int warpgroup) {
+  const int* source = items + int64_t(index) * kItemInts;
+  const int4 a = __ldg(reinterpret_cast<const int4*>(source));
+  return {a.x, a.y, a.z, __ldg(source + 3 + warpgroup)};
+}
+
 // The index of this thread's warpgroup, in a form that the compiler knows to be uniform in a warp.
 __device__ __forceinline__ int warpgroup_index() {
   return __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -94,12 +105,12 @@ struct EntryWalk {
 };
 
 // The ring of stages: two tiles, then kExtraBytes of row statistics.
-template <int kHeadDim, int kExtraBytes_ = 0>
+template <int kHeadDim, int kExtraBytes_ = 0, int kStages_ = kHeadDim == 64 ? 8 : 4>
 struct Ring {
   static constexpr int kOwners = Roles<kHeadDim>::kOwners;
   static constexpr int kExtraBytes = kExtraBytes_;
   static constexpr int kTileBytes = kBlock * kHeadDim * 2;
-  static constexpr int kStages = kHeadDim == 64 ? 8 : 4;
+  static constexpr int kStages = kStages_;
   static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
   static constexpr int kBytes = kTilesBytes + kStages * kExtraBytes;
 
@@ -226,6 +237,19 @@ __device__ __forceinline__ void multiply_transposed(float (&scores)[32],
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), step > 0);
+  }
+}
+
+// The same, where the scores are new registers.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void start_transposed(float (&scores)[32],
+                                                 const uint32_t (&a)[kHeadDim / 16][4],
+                                                 uint32_t tile) {
+  const uint64_t b = descriptor(tile, 0);
+  wgmma_rs_first<T, 0>(scores, a[0], b);
+#pragma unroll
+  for (int step = 1; step < kHeadDim / 16; ++step) {
+    wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), 1);
   }
 }
 
