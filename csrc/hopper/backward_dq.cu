@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
   __syncthreads();
   constexpr int kConsumers = Roles<kHeadDim>::kOwners * 128;
   if (threadIdx.x >= kConsumers) {
-    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
+    shrink_registers<kHeadDim == 64 ? 32 : 24>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
       produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
@@ -212,9 +212,12 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                 copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
                 copy_tile<kHeadDim>(ring.tile(step, 1), &v_map, full, partner, head, where.batch);
               });
+    } else if (threadIdx.x < kConsumers + 64) {
+      prefetch_owned(ring, work, problem.heads, (problem.queries + 63) / 64, problem.per_head,
+                     problem.queries, tensors.q, tensors.grad, tensors.out);
     }
   } else {
-    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
+    grow_registers<kHeadDim == 64 ? 160 : 240>();
     consume<T, kHeadDim>(problem, tensors, work, ring);
   }
 }
