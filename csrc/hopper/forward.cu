@@ -15,9 +15,10 @@ struct Softmax {
   float top[2] = {-1e30f, -1e30f};
   float total[2] = {0.0f, 0.0f};
 
-  // entries = 2^(entries * scale - top), with the old shift. Returns whether a row of the warp has
-  // outgrown it; only then, which past the first tiles is rare, maxima are taken.
-  __device__ __forceinline__ bool weigh(float (&entries)[32], float scale) {
+  // entries = 2^(entries * scale - top), with the old shift. Returns whether a row of the warpgroup
+  // has outgrown it; only then, which past the first tiles is rare, maxima are taken. All four warps
+  // must agree: to compute the scores again takes wgmma, in which a lone warp is an error.
+  __device__ __forceinline__ bool weigh(float (&entries)[32], float scale, int warpgroup) {
     float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
@@ -25,7 +26,7 @@ struct Softmax {
       (i % 2 ? odd : even)[i / 2 % 2] += entries[i];
     }
     const float low = even[0] + odd[0], high = even[1] + odd[1];
-    if (__any_sync(~0u, low > kMost || high > kMost)) {
+    if (warpgroup_any(warpgroup, low > kMost || high > kMost)) {
       return true;
     }
     total[0] += low;
@@ -183,7 +184,7 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
             advance();
             look_up();
             wgmma_wait<1>();
-            if (softmax.weigh(scores, scale)) {
+            if (softmax.weigh(scores, scale, warpgroup)) {
               wgmma_wait<0>();
               outgrown = true;
               break;
