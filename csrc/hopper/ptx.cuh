@@ -122,6 +122,21 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
 }
 
+// Whether ``mine`` holds in any of the 128 threads of one warpgroup. The vote after the barrier tells
+// the compiler that a warp's lanes agree.
+__device__ __forceinline__ bool warpgroup_any(int warpgroup, bool mine) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "bar.red.or.pred q, %2, 128, p;\n"
+      "selp.b32 %0, 1, 0, q;\n}\n"
+      : "=r"(any)
+      : "r"(int(mine)), "r"(warpgroup + 1)
+      : "memory");
+  return __any_sync(~0u, any);
+}
+
 __device__ __forceinline__ float4 load_shared(uint32_t address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"

@@ -37,6 +37,17 @@ __device__ __forceinline__ Item load_item(const int* items, int index) {
   return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}};
 }
 
+// What one warpgroup needs of an item: its block among ``own``.
+struct OwnItem {
+  int first = 0, count = 0, copy = 0, own = -1;
+};
+
+__device__ __forceinline__ OwnItem load_own_item(const int* items, int index, int warpgroup) {
+  const int* source = items + int64_t(index) * kItemInts;
+  const int4 a = __ldg(reinterpret_cast<const int4*>(source));
+  return {a.x, a.y, a.z, __ldg(source + 3 + warpgroup)};
+}
+
 // The index of this thread's warpgroup, in a form that the compiler knows to be uniform in a warp.
 __device__ __forceinline__ int warpgroup_index() {
   return __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -202,6 +213,50 @@ __device__ __forceinline__ void produce(const R& ring, const HopperWork& work, i
   }
 }
 
+template <int kBytes>
+__device__ __forceinline__ void prefetch_row(const HopperTensor& x, const Place& where, int token) {
+  const char* row = static_cast<const char*>(x.data) +
+                    2 * (where.batch * x.batch_stride + where.head * x.head_stride +
+                         token * x.token_stride);
+#pragma unroll
+  for (int byte = 0; byte < kBytes; byte += 128) {
+    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row + byte));
+  }
+}
+
+// One more warp: brings what the owners of the next item read of a few (batch, heads, tokens,
+// head_dim) tensors into L2 while this item streams, so that no item starts with DRAM's latency.
+template <typename R, typename... Tensors>
+__device__ __forceinline__ void prefetch_owned(const R& ring, const HopperWork& work, int own_heads,
+                                               int own_blocks, int per_head, int tokens,
+                                               const Tensors&... tensors) {
+  const int lane = threadIdx.x % 32;
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  uint32_t base = 0;
+  for (int index = __ldg(work.starts + blockIdx.x); index + 1 < end; ++index) {
+    // Until the producer has issued all of the items before this one.
+    while (static_cast<int>(load_acquire(ring.issued) - (base - 1)) < 0) {
+      __nanosleep(256);
+    }
+    __syncwarp();
+    const Item next = load_item(work.items, index + 1);
+    base += __ldg(work.items + int64_t(index) * kItemInts + 1);
+#pragma unroll
+    for (int owner = 0; owner < R::kOwners; ++owner) {
+      const int own = next.own[owner];
+      if (own >= 0) {
+        const Place where = place(next.copy, own, own_heads, own_blocks, per_head);
+        for (int token = own % own_blocks * kBlock + lane, rows = 0; rows < kBlock;
+             rows += 32, token += 32) {
+          if (token < tokens) {
+            (prefetch_row<R::kTileBytes / kBlock>(tensors, where, token), ...);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Copies (64, head_dim) tokens of one head as boxes of 64 columns.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier,
@@ -226,6 +281,19 @@ __device__ __forceinline__ void multiply_transposed(float (&scores)[32],
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
     wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), step > 0);
+  }
+}
+
+// The same, where the scores are new registers.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void start_transposed(float (&scores)[32],
+                                                 const uint32_t (&a)[kHeadDim / 16][4],
+                                                 uint32_t tile) {
+  const uint64_t b = descriptor(tile, 0);
+  wgmma_rs_first<T, 0>(scores, a[0], b);
+#pragma unroll
+  for (int step = 1; step < kHeadDim / 16; ++step) {
+    wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), 1);
   }
 }
 
