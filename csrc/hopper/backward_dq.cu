@@ -149,9 +149,10 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
             if constexpr (kHeadDim == 128) {
               start_dprobs(next_step);
               advance();
-              look_up();
               wgmma_wait<2>();
               take_probs(0, 32);
+              // Between the two, or the assembler moves the waits before the exponentials.
+              look_up();
               wgmma_wait<1>();
               ring.release(held, lane);
             } else {
