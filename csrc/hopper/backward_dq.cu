@@ -12,34 +12,23 @@ struct DqTensors {
   float* statistics;
 };
 
-// A deeper ring than dK's and dV's kernel: a warpgroup holds two stages.
-template <int kHeadDim>
-using DqRing = Ring<kHeadDim, 0, kHeadDim == 64 ? 12 : 7>;
-
-// The work of one warpgroup. A tile's product with the keys runs while the next tile's exponentials
-// are taken, so that the tensor cores have work meanwhile.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTensors& tensors,
-                                        const HopperWork& work, const DqRing<kHeadDim>& ring) {
-  // How far ahead of the stage that it holds a warpgroup waits for another; under kStages, or the
-  // producer would wait for it in turn.
-  constexpr uint32_t kReach = DqRing<kHeadDim>::kStages - 1;
+                                        const HopperWork& work, const Ring<kHeadDim>& ring) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.queries + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  // The blocks of keys of which some may be missing: all, or the last one.
-  const bool padded = problem.key_bits != nullptr;
-  const int partial = problem.keys % 64 ? problem.keys / 64 : -1;
-  uint32_t base = 0, seen = DqRing<kHeadDim>::kWindow - 1;
+  uint32_t base = 0, seen = Ring<kHeadDim>::kWindow - 1;
   const int end = __ldg(work.starts + blockIdx.x + 1);
   for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
-    const OwnItem item = load_own_item(work.items, index, warpgroup);
-    if (item.own >= 0) {
+    const Item item = load_item(work.items, index);
+    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
+    if (own >= 0) {
       const Place where =
-          place(item.copy, item.own, problem.heads, blocks, problem.per_head);
-      const int own = item.own % blocks;
+          place(item.copy, own, problem.heads, blocks, problem.per_head);
+      own %= blocks;
       const int row = own * kBlock + row_in_block;
       uint32_t q_operand[kHeadDim / 16][4], grad_operand[kHeadDim / 16][4];
       load_operand<T, kHeadDim>(q_operand, head_of<const T>(tensors.q, where.batch, where.head),
@@ -47,7 +36,6 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
       load_operand<T, kHeadDim>(grad_operand,
                                 head_of<const T>(tensors.grad, where.batch, where.head),
                                 tensors.grad.token_stride, row, column, problem.queries);
-      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       const int64_t block = (int64_t(where.batch) * problem.heads + where.head) * blocks + own;
       float delta[2] = {0.0f, 0.0f};
       {
@@ -80,105 +68,38 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const DqTe
       for (int i = 0; i < kHeadDim / 2; ++i) {
         sums[i] = 0.0f;
       }
+      EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       int position, partner;
-      bool more = walk.next(position, partner);
-      if (more) {
-        uint32_t step = base + position, held = 0, next_step = 0;
-        // Which keys of a tile exist: mostly all.
-        uint64_t bits = ~0ull, next_bits = ~0ull;
-        const auto bits_of = [&](int key_block) {
-          return padded || key_block == partial ? key_bits(problem, where.batch, key_block) : ~0ull;
-        };
-        bits = bits_of(partner);
-        const auto look_up = [&] {
-          more = walk.next(position, partner);
-          next_step = base + position;
-          next_bits = bits_of(partner);
-        };
-        const auto advance = [&] {
-          held = step;
-          step = next_step;
-          bits = next_bits;
-        };
+      while (walk.next(position, partner)) {
+        const uint32_t step = base + position;
+        const uint64_t bits = key_bits(problem, where.batch, partner);
         float probs[32], dprobs[32];
-        uint32_t dscores[4][4];
-        const auto start_scores = [&](uint32_t tile_step) {
-          wgmma_fence();
-          start_transposed<T, kHeadDim>(probs, q_operand, ring.tile(tile_step, 0));
-          wgmma_commit();
-        };
-        const auto start_dprobs = [&](uint32_t tile_step) {
-          wgmma_fence();
-          start_transposed<T, kHeadDim>(dprobs, grad_operand, ring.tile(tile_step, 1));
-          wgmma_commit();
-        };
-        const auto start_sums = [&](uint32_t tile_step) {
-          wgmma_fence();
-          accumulate_product<T, kHeadDim>(sums, dscores, ring.tile(tile_step, 0));
-          wgmma_commit();
-        };
-        const auto take_probs = [&](int from, int to) {
-#pragma unroll
-          for (int i = from; i < to; ++i) {
-            probs[i] = exp2_fast(fmaf(probs[i], scale, -lse[i / 2 % 2]));
-          }
-        };
-        const auto take_dscores = [&] {
-#pragma unroll
-          for (int i = 0; i < 32; ++i) {
-            probs[i] *= dprobs[i] - delta[i / 2 % 2];
-          }
-          to_operand<T>(dscores, probs);
-        };
         ring.wait_full(step, seen);
-        look_up();
-        while (true) {
-          // Nothing is under way here: the first tile, and those that are not as most are.
-          start_scores(step);
-          start_dprobs(step);
-          wgmma_wait<0>();
-          take_probs(0, 32);
-          if (bits != ~0ull) {
-            mask_keys(probs, bits, column, 0.0f);
-          }
-          take_dscores();
-          while (more && next_bits == ~0ull && next_step - step < kReach) {
-            ring.wait_full(next_step, seen);
-            start_scores(next_step);
-            start_sums(step);
-            if constexpr (kHeadDim == 128) {
-              start_dprobs(next_step);
-              advance();
-              wgmma_wait<2>();
-              take_probs(0, 32);
-              // Between the two, or the assembler moves the waits before the exponentials.
-              look_up();
-              wgmma_wait<1>();
-              ring.release(held, lane);
-            } else {
-              // Registers do for two products and the operand of the third, not for all three.
-              advance();
-              wgmma_wait<1>();
-              take_probs(0, 16);
-              look_up();
-              wgmma_wait<0>();
-              start_dprobs(step);
-              ring.release(held, lane);
-              take_probs(16, 32);
-            }
-            wgmma_wait<0>();
-            take_dscores();
-          }
-          start_sums(step);
-          wgmma_wait<0>();
-          ring.release(step, lane);
-          if (!more) {
-            break;
-          }
-          advance();
-          ring.wait_full(step, seen);
-          look_up();
+        wgmma_fence();
+        multiply_transposed<T, kHeadDim>(probs, q_operand, ring.tile(step, 0));
+        wgmma_commit();
+        multiply_transposed<T, kHeadDim>(dprobs, grad_operand, ring.tile(step, 1));
+        wgmma_commit();
+        wgmma_wait<1>();
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          probs[i] = exp2_fast(fmaf(probs[i], scale, -lse[i / 2 % 2]));
         }
+        if (bits != ~0ull) {
+          mask_keys(probs, bits, column, 0.0f);
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          probs[i] *= dprobs[i] - delta[i / 2 % 2];
+        }
+        uint32_t dscores[4][4];
+        to_operand<T>(dscores, probs);
+        wgmma_fence();
+        accumulate_product<T, kHeadDim>(sums, dscores, ring.tile(step, 0));
+        wgmma_commit();
+        wgmma_wait<0>();
+        ring.release(step, lane);
       }
       store_rows<T, kHeadDim>(sums, head_of<T>(tensors.dq, where.batch, where.head),
                               tensors.dq.token_stride, row, column, problem.queries, problem.scale,
@@ -195,8 +116,8 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                                          const HopperProblem problem, const DqTensors tensors,
                                          const HopperWork work) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[DqRing<kHeadDim>::kBarrierWords];
-  const DqRing<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u, shared_address(barriers));
+  __shared__ uint64_t barriers[Ring<kHeadDim>::kBarrierWords];
+  const Ring<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u, shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
     barrier_init_fence();
@@ -204,7 +125,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
   __syncthreads();
   constexpr int kConsumers = Roles<kHeadDim>::kOwners * 128;
   if (threadIdx.x >= kConsumers) {
-    shrink_registers<kHeadDim == 64 ? 32 : 24>();
+    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
       produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
@@ -213,12 +134,9 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                 copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
                 copy_tile<kHeadDim>(ring.tile(step, 1), &v_map, full, partner, head, where.batch);
               });
-    } else if (threadIdx.x < kConsumers + 64) {
-      prefetch_owned(ring, work, problem.heads, (problem.queries + 63) / 64, problem.per_head,
-                     problem.queries, tensors.q, tensors.grad, tensors.out);
     }
   } else {
-    grow_registers<kHeadDim == 64 ? 160 : 240>();
+    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     consume<T, kHeadDim>(problem, tensors, work, ring);
   }
 }
@@ -232,7 +150,7 @@ int run(const HopperProblem& problem, const HopperTensor& k, const HopperTensor&
     return cudaErrorInvalidValue;
   }
   return launch(block_sparse_attention_bwd_dq_kernel<T, kHeadDim>, work.workgroups,
-                Roles<kHeadDim>::kThreads, DqRing<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, tensors, work);
+                Roles<kHeadDim>::kThreads, Ring<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, tensors, work);
 }
 
 }  // namespace

@@ -15,10 +15,9 @@ struct Softmax {
   float top[2] = {-1e30f, -1e30f};
   float total[2] = {0.0f, 0.0f};
 
-  // entries = 2^(entries * scale - top), with the old shift. Returns whether a row of the warpgroup
-  // has outgrown it; only then, which past the first tiles is rare, maxima are taken. All four warps
-  // must agree: to compute the scores again takes wgmma, in which a lone warp is an error.
-  __device__ __forceinline__ bool weigh(float (&entries)[32], float scale, int warpgroup) {
+  // entries = 2^(entries * scale - top), with the old shift. Returns whether a row of the warp has
+  // outgrown it; only then, which past the first tiles is rare, maxima are taken.
+  __device__ __forceinline__ bool weigh(float (&entries)[32], float scale) {
     float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
@@ -26,7 +25,7 @@ struct Softmax {
       (i % 2 ? odd : even)[i / 2 % 2] += entries[i];
     }
     const float low = even[0] + odd[0], high = even[1] + odd[1];
-    if (warpgroup_any(warpgroup, low > kMost || high > kMost)) {
+    if (__any_sync(~0u, low > kMost || high > kMost)) {
       return true;
     }
     total[0] += low;
@@ -176,7 +175,6 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
           }
           softmax.raise(scores, sums, scale);
           to_operand<T>(operand, scores);
-          bool outgrown = false;
           while (more && next_whole && next_step - step < kReach) {
             ring.wait_full(next_step, seen);
             start_scores(scores, next_step);
@@ -184,18 +182,15 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
             advance();
             look_up();
             wgmma_wait<1>();
-            if (softmax.weigh(scores, scale, warpgroup)) {
+            if (softmax.weigh(scores, scale)) {
+              // The scores are gone. The other warps may not be here: wgmma would need all four.
               wgmma_wait<0>();
-              outgrown = true;
-              break;
+              multiply_alone<T, kHeadDim>(scores, q_operand, ring.tile(step, 0), lane);
+              softmax.raise(scores, sums, scale);
             }
             wgmma_wait<0>();
             ring.release(held, lane);
             to_operand<T>(operand, scores);
-          }
-          if (outgrown) {
-            ring.release(held, lane);
-            continue;
           }
           start_sums();
           wgmma_wait<0>();
@@ -257,7 +252,7 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
   __syncthreads();
   constexpr int kConsumers = Roles<kHeadDim>::kOwners * 128;
   if (threadIdx.x >= kConsumers) {
-    shrink_registers<kHeadDim == 64 ? 32 : 40>();
+    shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
       produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
@@ -266,12 +261,9 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                 copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
                 copy_tile<kHeadDim>(ring.tile(step, 1), &v_map, full, partner, head, where.batch);
               });
-    } else if (threadIdx.x < kConsumers + 64) {
-      prefetch_owned(ring, work, problem.heads, (problem.queries + 63) / 64, problem.per_head,
-                     problem.queries, q);
     }
   } else {
-    grow_registers<kHeadDim == 64 ? 160 : 232>();
+    grow_registers<Roles<kHeadDim>::kConsumerRegisters>();
     consume<T, kHeadDim>(problem, q, out, lse, work, ring);
   }
 }

@@ -122,27 +122,37 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
 }
 
-// Whether ``mine`` holds in any of the 128 threads of one warpgroup. The vote after the barrier tells
-// the compiler that a warp's lanes agree.
-__device__ __forceinline__ bool warpgroup_any(int warpgroup, bool mine) {
-  int any;
-  asm volatile(
-      "{\n.reg .pred p, q;\n"
-      "setp.ne.b32 p, %1, 0;\n"
-      "bar.red.or.pred q, %2, 128, p;\n"
-      "selp.b32 %0, 1, 0, q;\n}\n"
-      : "=r"(any)
-      : "r"(int(mine)), "r"(warpgroup + 1)
-      : "memory");
-  return __any_sync(~0u, any);
-}
-
 __device__ __forceinline__ float4 load_shared(uint32_t address) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                : "r"(address));
   return x;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// d (16, 8) += A (16, 16) times B (16, 8), by one warp. A's and d's registers are those of wgmma.
+template <typename T>
+__device__ __forceinline__ void warp_mma(float* d, const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -213,50 +213,6 @@ __device__ __forceinline__ void produce(const R& ring, const HopperWork& work, i
   }
 }
 
-template <int kBytes>
-__device__ __forceinline__ void prefetch_row(const HopperTensor& x, const Place& where, int token) {
-  const char* row = static_cast<const char*>(x.data) +
-                    2 * (where.batch * x.batch_stride + where.head * x.head_stride +
-                         token * x.token_stride);
-#pragma unroll
-  for (int byte = 0; byte < kBytes; byte += 128) {
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(row + byte));
-  }
-}
-
-// One more warp: brings what the owners of the next item read of a few (batch, heads, tokens,
-// head_dim) tensors into L2 while this item streams, so that no item starts with DRAM's latency.
-template <typename R, typename... Tensors>
-__device__ __forceinline__ void prefetch_owned(const R& ring, const HopperWork& work, int own_heads,
-                                               int own_blocks, int per_head, int tokens,
-                                               const Tensors&... tensors) {
-  const int lane = threadIdx.x % 32;
-  const int end = __ldg(work.starts + blockIdx.x + 1);
-  uint32_t base = 0;
-  for (int index = __ldg(work.starts + blockIdx.x); index + 1 < end; ++index) {
-    // Until the producer has issued all of the items before this one.
-    while (static_cast<int>(load_acquire(ring.issued) - (base - 1)) < 0) {
-      __nanosleep(256);
-    }
-    __syncwarp();
-    const Item next = load_item(work.items, index + 1);
-    base += __ldg(work.items + int64_t(index) * kItemInts + 1);
-#pragma unroll
-    for (int owner = 0; owner < R::kOwners; ++owner) {
-      const int own = next.own[owner];
-      if (own >= 0) {
-        const Place where = place(next.copy, own, own_heads, own_blocks, per_head);
-        for (int token = own % own_blocks * kBlock + lane, rows = 0; rows < kBlock;
-             rows += 32, token += 32) {
-          if (token < tokens) {
-            (prefetch_row<R::kTileBytes / kBlock>(tensors, where, token), ...);
-          }
-        }
-      }
-    }
-  }
-}
-
 // Copies (64, head_dim) tokens of one head as boxes of 64 columns.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap* map, uint32_t barrier,
@@ -294,6 +250,30 @@ __device__ __forceinline__ void start_transposed(float (&scores)[32],
 #pragma unroll
   for (int step = 1; step < kHeadDim / 16; ++step) {
     wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), 1);
+  }
+}
+
+// The same by a warp on its own, for its 16 rows: nothing of the other warps is waited for.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void multiply_alone(float (&scores)[32],
+                                               const uint32_t (&a)[kHeadDim / 16][4],
+                                               uint32_t tile, int lane) {
+  // The swizzle exchanges the 16-byte pieces of a row of 128 bytes by its index modulo 8.
+  const uint32_t row = tile + lane / 4 * 128 + lane % 4 * 4, flip = lane / 4 * 16;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    scores[i] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const uint32_t box = row + step / 4 * kBoxBytes;
+    const uint32_t low = box + (uint32_t(step % 4 * 32) ^ flip);
+    const uint32_t high = box + (uint32_t(step % 4 * 32 + 16) ^ flip);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      warp_mma<T>(scores + i * 4, a[step], load_shared_word(low + i * 1024),
+                  load_shared_word(high + i * 1024));
+    }
   }
 }
 

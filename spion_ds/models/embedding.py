@@ -51,12 +51,10 @@ def embedding_gradient(gradient_BLE: Tensor, ids_BL: Tensor, count: int) -> Tens
         ids_BL: (B, L) int64, below ``count``.
         count: of all ids.
     """
-    if gradient_BLE.is_cuda:
-        if count <= _MOST_IDS:
-            return one_hot_product(gradient_BLE, ids_BL, count)
-        summed = gradient_BLE  # it adds in float32
-    else:
-        summed = gradient_BLE.to(torch.promote_types(gradient_BLE.dtype, torch.float32))
+    if gradient_BLE.is_cuda and count <= _MOST_IDS:
+        return one_hot_product(gradient_BLE, ids_BL, count)
+    # PyTorch's own adds in the gradient's dtype.
+    summed = gradient_BLE.to(torch.promote_types(gradient_BLE.dtype, torch.float32))
     gradient_VE = torch.ops.aten.embedding_dense_backward(summed, ids_BL, count, -1, False)
     return gradient_VE.to(gradient_BLE.dtype)
 

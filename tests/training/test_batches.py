@@ -98,7 +98,7 @@ def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str, cha
     def keys_of(step: int, places: np.ndarray) -> torch.Tensor:
         asked.append(step)
         # The last but one is the augmentation's.
-        return torch.from_numpy(100 * step + places).expand(4, -1)
+        return torch.from_numpy(100 * step + places).repeat(4, 1)
 
     reader = BatchReader(
         split,
