@@ -59,6 +59,8 @@ def resolve_deepspeed_config(
         )
     _fill_optimizer(config, optimizer, device_type)
     config.setdefault("steps_per_print", 10**9)
+    # DeepSpeed's own clock would let the host wait for the device twice a step; StepTimer is ours.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     for place in _autos(config):
         raise ConfigError(
             f"{place} is 'auto' in the DeepSpeed configuration, and the recipe has no value for "

@@ -11,6 +11,7 @@ from spion_ds.errors import ConfigError
 from spion_ds.sparsity.block import MODES
 from spion_ds.training.config import RunConfig, build_run_config
 from spion_ds.training.deepspeed_config import zero_stage
+from spion_ds.training.ranks import import_deepspeed
 from spion_ds.training.recipe_files import (
     attention_names,
     read_attention,
@@ -247,6 +248,15 @@ def test_deepspeed_never_sees_the_sparse_attention_block() -> None:
     config = build("listops", given)
     assert "sparse_attention" not in config.resolved
     assert "sparse_attention" in given  # the caller's mapping is left alone
+
+
+def test_deepspeeds_clock_waits_for_no_device_unless_asked_to() -> None:
+    import_deepspeed()
+    from deepspeed.utils.config import get_timers_config
+
+    assert not get_timers_config(build("listops", {}).resolved).enabled
+    given = {"timers": {"throughput": {"enabled": True, "synchronized": True}}}
+    assert get_timers_config(build("listops", given).resolved).enabled
 
 
 def test_auto_values_come_from_the_recipe() -> None:
