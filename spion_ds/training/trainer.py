@@ -276,7 +276,8 @@ class Trainer:
             if pattern_loss is not None:
                 self.tally.add_part("pattern_loss", pattern_loss, samples)
                 loss = loss + pattern_loss
-            self.engine.backward(loss)
+            # Divided by one it would be the same loss, and two operators more.
+            self.engine.backward(loss, scale_wrt_gas=config.batches.accumulation > 1)
             self.reader.read_ahead(state.step, micro_step)
             self.guard.add_loss(loss)
             if micro_step == config.batches.accumulation - 1:
