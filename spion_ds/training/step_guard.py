@@ -55,7 +55,7 @@ class StepGuard:
         # Of each place in _sums; backward passes reach the last parameters first.
         self.names = [_part(name) for name, _ in looked_at] + ["the loss"]
         # The sum of every gradient and of the loss, a row a micro-batch: one operator each.
-        self._sums = [torch.zeros(len(self.names), device=device)]
+        self._sums = torch.zeros(1, len(self.names), device=device)
         self._row = 0
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._whole = [p for _, p in looked_at] if gradients and whole else []
@@ -68,14 +68,16 @@ class StepGuard:
         self._add(-1, loss)
         self._row += 1
         if self._row == len(self._sums):
-            self._sums.append(torch.zeros_like(self._sums[0]))
+            self._sums = torch.cat([self._sums, torch.zeros_like(self._sums[:1])])
 
     def close(self, step: int, asked_to_stop: bool) -> list[StepReport]:
         """End a step on all ranks; return the reports that are ready: its own, or the last's."""
         self._look_at_whole()
-        sums = torch.stack(self._sums[: self._row])
+        sums = self._sums[: self._row]
         self._row = 0
-        flags = torch.cat([sums.new_full((1,), asked_to_stop), (~sums.isfinite()).any(dim=0)])
+        flags = sums.new_full((1 + len(self.names),), asked_to_stop)
+        # A difference from itself is 0, or NaN: fewer operators than isfinite has.
+        torch.ne((sums - sums).sum(dim=0), 0.0, out=flags[1:])
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         event = None
