@@ -63,10 +63,21 @@ def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:
         samples: (batch,) integer position of each sample in the step's global batch.
         places: how many places in the model draw a mask.
     """
-    key = combine(torch.zeros(1, dtype=torch.int32, device=samples.device), seed)
-    key = combine(combine(key, step), samples)
+    number = _combine_numbers(_combine_numbers(0, seed), step)
+    key = torch.full((1,), _wrap(number), dtype=torch.int32, device=samples.device)
+    key = combine(key, samples)
     place = torch.arange(places, dtype=torch.int32, device=samples.device)
     return combine(key, place[:, None])
+
+
+def _combine_numbers(key: int, counter: int) -> int:
+    """Return ``combine`` of two numbers, unsigned: one by one, tensors cost far more."""
+    x = (key + (counter + 1) * STRIDE) % 2**32
+    x ^= x >> 16
+    x = x * MULTIPLY_1 % 2**32
+    x ^= x >> 15
+    x = x * MULTIPLY_2 % 2**32
+    return x ^ (x >> 16)
 
 
 def keep_threshold(p: float) -> int:
