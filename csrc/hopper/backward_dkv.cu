@@ -55,18 +55,24 @@ __device__ __forceinline__ void add_slot(float (&values)[kHeadDim / 2], const fl
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_gradients(const HopperProblem& problem,
                                                 const DkvTensors& tensors, const Place& where,
-                                                int own, const float (&dk)[kHeadDim / 2],
-                                                const float (&dv)[kHeadDim / 2], int row_in_block,
+                                                int own, float (&dk)[kHeadDim / 2],
+                                                float (&dv)[kHeadDim / 2], int row_in_block,
                                                 int column) {
   const uint64_t bits = key_bits(problem, where.batch, own);
-  const float low = bits >> row_in_block & 1 ? 1.0f : 0.0f;
-  const float high = bits >> (row_in_block + 8) & 1 ? 1.0f : 0.0f;
+  const bool low = bits >> row_in_block & 1, high = bits >> (row_in_block + 8) & 1;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) {
+    // Not by a factor: probabilities of a key that nobody attends to may be infinite.
+    if (!(i % 4 < 2 ? low : high)) {
+      dk[i] = dv[i] = 0.0f;
+    }
+  }
   const int row = own * kBlock + row_in_block;
   store_rows<T, kHeadDim>(dk, head_of<T>(tensors.dk, where.batch, where.head),
-                          tensors.dk.token_stride, row, column, problem.keys, low * problem.scale,
-                          high * problem.scale);
+                          tensors.dk.token_stride, row, column, problem.keys, problem.scale,
+                          problem.scale);
   store_rows<T, kHeadDim>(dv, head_of<T>(tensors.dv, where.batch, where.head),
-                          tensors.dv.token_stride, row, column, problem.keys, low, high);
+                          tensors.dv.token_stride, row, column, problem.keys, 1.0f, 1.0f);
 }
 
 template <typename T, int kHeadDim>

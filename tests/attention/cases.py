@@ -226,6 +226,12 @@ def draw_padding(kind: str, batch: int, keys: int) -> Tensor | None:
     return real
 
 
+def with_far_padded_keys(inputs: Inputs) -> Inputs:
+    """The same but for padded keys: their scores would overflow any probability."""
+    real = inputs.options["key_padding_mask"][:, None, :, None]
+    return replace(inputs, k=torch.where(real, inputs.k, 1e4 * inputs.k))
+
+
 def evaluate(inputs: Inputs, backend: str) -> Results:
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = block_sparse_attention(q, k, v, inputs.layout, backend=backend, **inputs.options)

@@ -40,6 +40,7 @@ from .cases import (
     needs_gpu,
     needs_triton,
     relative_error,
+    with_far_padded_keys,
 )
 from .formula import attention_by_formula
 
@@ -292,6 +293,16 @@ def test_rows_without_keys_give_zeros_and_zero_gradients(backend, dtype, toleran
     for result in evaluate(replace(inputs, layout=nothing), backend):
         assert not result.any()
         assert not result.isnan().any()
+
+
+@pytest.mark.filterwarnings(MASKED_LATER)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", ["holes", "tail"])
+def test_what_padded_keys_hold_does_not_matter(padding, backend, device):
+    case = Case(padding=padding)
+    inputs = make(case, case.size(backend, device), device)
+    far = with_far_padded_keys(inputs)
+    assert_agree(evaluate(far, backend), evaluate(inputs, backend), TOLERANCES[case.dtype])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -28,7 +28,17 @@ from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity import SpionSparsityConfig
 
-from .cases import ON_CPU, ON_GPU, Case, assert_is_the_reference, evaluate, make
+from .cases import (
+    ON_CPU,
+    ON_GPU,
+    TOLERANCES,
+    Case,
+    assert_agree,
+    assert_is_the_reference,
+    evaluate,
+    make,
+    with_far_padded_keys,
+)
 from .hopper_emulation import emulated_hopper
 
 _IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -120,6 +130,16 @@ def test_writes_every_element_the_same_way_twice(device):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
         assert not a.isnan().any()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_padded_keys_hold_does_not_matter(head_dim, device):
+    case = Case(block=64, head_dim=head_dim, dtype=torch.bfloat16, padding="holes")
+    inputs = make(case, ON_GPU, device)
+    far = evaluate(with_far_padded_keys(inputs), "hopper")
+    assert_agree(far, evaluate(inputs, "hopper"), TOLERANCES[case.dtype])
 
 
 def placed(x: Tensor, how: str) -> Tensor:
