@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spion_ds.attention.derivatives import derivative_by
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
@@ -67,16 +68,15 @@ def _ready() -> None:
     torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
 
 
+# The operator is there once the library is loaded.
+_setup_context, _backward = derivative_by(
+    lambda *arguments: torch.ops.spion_ds.cpu_attention_bwd(*arguments), settings=6
+)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:9])
-    ctx.settings = inputs[9:]
-
-
-def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.spion_ds.cpu_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *(None,) * 12)
+    ctx.mark_non_differentiable(output[1])
+    _setup_context(ctx, inputs, output)
 
 
 def _second_derivative(ctx: Any, *grads: Tensor) -> None:

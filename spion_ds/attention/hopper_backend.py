@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spion_ds import compiling
+from spion_ds.attention.derivatives import derivative_by
 from spion_ds.attention.hopper_plan import TOKENS, Problem, WorkLists, work_lists
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
@@ -196,15 +197,7 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if copyable else x.new_empty(x.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.settings = inputs[:-_SETTINGS], inputs[-_SETTINGS:]
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    q, k, v, *rest, out, lse = ctx.saved_tensors
-    grads = _bwd_op(grad, q, k, v, out, lse, *rest, *ctx.settings)
-    return (*grads, *[None] * (len(rest) + _SETTINGS))
+_setup_context, _backward = derivative_by(_bwd_op, _SETTINGS)
 
 
 class _BlockSparseAttention(torch.autograd.Function):

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spion_ds.attention.derivatives import derivative_by
 from spion_ds.attention.dropout import keep_threshold
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
@@ -386,16 +387,7 @@ def _bwd_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[T
     return tuple(torch.empty_like(_unit_stride(x)) for x in (q, k, v))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.settings = inputs[: -len(_Settings._fields)], inputs[-len(_Settings._fields) :]
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _op_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, *rest, out, lse = ctx.saved_tensors
-    grads = _bwd_op(grad, q, k, v, out, lse, *rest, *ctx.settings)
-    return (*grads, *[None] * (len(rest) + len(ctx.settings)))
-
+_setup_context, _op_backward = derivative_by(_bwd_op, len(_Settings._fields))
 
 for _device in ("CUDA", "CPU"):  # on the CPU only in Triton's interpreter
     _library.impl("block_sparse_attention_fwd", _fwd_implementation, _device)
