@@ -1,7 +1,7 @@
 """Notices a rank that dies, hangs or fails, and ends the others with a message that names it.
 
-A thread of every rank writes signs of life to a store of rank 0's, whose thread reads them all. A
-second one notices when the first hears nothing of the store.
+A thread of every rank writes signs of life to a store of rank 0's, whose thread reads them all, and
+sees when a process has ended. A second one notices when the first hears nothing of the store.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from spion_ds.errors import SpionError
+from spion_ds.training.lifelines import Lifelines
 from spion_ds.training.ranks import Agreement, Ranks
 
 LOST_RANK_EXIT = 3
@@ -37,8 +38,9 @@ class LostRankError(SpionError, RuntimeError):
 class Watch:
     """A context in which ranks look after one another.
 
-    If a rank dies, fails or does not move for the timeout, all others end within about that time:
-    by a LostRankError where Python gets to run, else by leaving the process with exit code 3.
+    If a rank dies or fails, all others end within seconds; if it is silent or does not move for the
+    timeout, within about that time: by a LostRankError where Python gets to run, else by leaving
+    the process with exit code 3.
     Left without an error, it waits for all ranks.
 
     Args:
@@ -65,6 +67,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._store = _open_store(self.ranks, self.agreement, self.timeout)
+        self._lifelines = Lifelines(self.ranks, self.agreement)
         self._beat(0)
         self.agreement.barrier()  # every rank's first sign of life is in the store
         self._thread.start()
@@ -86,6 +89,7 @@ class Watch:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._report(f"rank {self.ranks.rank} failed: {what}")
         finally:
+            self._lifelines.say_farewell()
             self._left.set()
             self._thread.join(self.timeout)  # it may hear nothing of a store that is cut off
 
@@ -98,7 +102,8 @@ class Watch:
                 self._beat(number)
                 verdict = self._verdict()
                 if verdict is None and self.ranks.is_first:
-                    verdict = judge.verdict(self._beats())
+                    signs, dead = self._beats(), self._lifelines.cut()
+                    verdict = _gone(dead, signs) if dead else judge.verdict(signs)
                     if verdict is not None:
                         self._store.set(_VERDICT, verdict)
             except RuntimeError:

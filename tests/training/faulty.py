@@ -3,6 +3,7 @@
 usage: faulty.py FILE, a JSON list of sessions: TrainOptions as mappings, with a "fault" beside
 them: {"kind": …, "rank": …, "place": …, "at": …}. Each rank writes how a session ended to
 FILE.<rank>, one line a session. A fault of kind "kill" or "freeze" ends or stops its process.
+"others", if given, is a kind too: that of the other ranks' fault at the same call.
 
 Places: step, loss, map, broadcast, save, weights, publish, evaluate; "at" counts the calls from 1.
 """
@@ -83,8 +84,10 @@ def put(fault: dict[str, Any]) -> Any:
         nonlocal calls
         calls += 1
         here = fault["at"] <= calls < fault["at"] + fault.get("times", 1)
-        if here and discover_ranks().rank == fault["rank"]:
-            return act(fault, lambda: original(*arguments, **named))
+        chosen = discover_ranks().rank == fault["rank"]
+        kind = fault["kind"] if chosen else fault.get("others")
+        if here and kind is not None:
+            return act({**fault, "kind": kind}, lambda: original(*arguments, **named))
         return original(*arguments, **named)
 
     return mock.patch.object(owner, name, faulty)

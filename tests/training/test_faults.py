@@ -156,6 +156,24 @@ def test_a_lost_rank_is_named_and_the_others_end(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (1, "rank 1 gave no more signs of life; the last: rank 1 at step "),
+        (0, "rank 0 is gone or does not answer"),
+    ],
+)
+def test_a_dead_rank_is_missed_though_no_collective_fails(
+    rank: int, expected: str, tmp_path: Path
+) -> None:
+    # So it is with NCCL. The ranks' timeout is far above the test's.
+    fault = {"kind": "kill", "place": "step", "rank": rank, "at": 2, "others": "hang"}
+    codes, output = fails(tmp_path, 2, {"run_name": "r", "fault": fault})
+    assert codes[1 - rank] == LOST_RANK_EXIT, output
+    assert f"error: {expected}" in output, output
+
+
+@pytest.mark.ranks
 def test_torchrun_brings_back_a_killed_rank_by_itself(tmp_path: Path) -> None:
     # The 8th step of a process: once. From the checkpoint of step 6 there are six to go.
     fault = {"kind": "kill", "place": "step", "rank": 1, "at": 8}
