@@ -227,61 +227,20 @@ def _work_list(
     longest: int | None,
 ) -> WorkList:
     """Group owners of like length into items, order their partners, deal items to workgroups."""
-    total = owner_heads * owner_blocks
     order = (owner * partner_blocks + partner).argsort()
     owner, partner = owner[order], partner[order]
-    length = torch.bincount(owner, minlength=total)
+    parts = _cut(owner, owner_heads * owner_blocks, longest)
+    item, place, item_count = _group(parts, owner_heads, owner_blocks, owners_an_item)
+    entries, count = _stream(
+        item[parts.of_pair], place[parts.of_pair], partner, partner_blocks, item_count
+    )
 
-    # Cut long owners into even parts; from here on a part is what a warpgroup owns.
-    parts = torch.ones(total, dtype=torch.int64)
-    if longest is not None:
-        parts = (-(-length // longest)).clamp(min=1)
-    part_owner = torch.repeat_interleave(torch.arange(total), parts)
-    first_part = parts.cumsum(0) - parts
-    part_number = torch.arange(part_owner.numel()) - first_part[part_owner]
-    rank = torch.arange(owner.numel()) - (length.cumsum(0) - length)[owner]
-    part = first_part[owner] + rank * parts[owner] // length[owner].clamp(min=1)
-    part_length = torch.bincount(part, minlength=part_owner.numel())
-    cut = parts[part_owner] > 1
-    slot = torch.where(cut, cut.long().cumsum(0) - 1, -1)
-
-    # Items of one head: like lengths together (they finish together), then neighbours (they share
-    # a band), and the same part of several hot blocks (they share nearly all partners).
-    quantum = max(1.0, part_length.double().mean().item() / 8)
-    level = (part_length / quantum).round().long()
-    part_head = part_owner // owner_blocks
-    order = _lexicographic(part_head, -level, part_number)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel())
-    parts_a_head = torch.bincount(part_head, minlength=owner_heads)
-    items_a_head = -(-parts_a_head // owners_an_item)
-    within = position - (parts_a_head.cumsum(0) - parts_a_head)[part_head]
-    item = (items_a_head.cumsum(0) - items_a_head)[part_head] + within // owners_an_item
-    place = within % owners_an_item
-    item_count = int(items_a_head.sum())
-
-    # One entry a partner of an item, with a bit for each owner that keeps it.
-    pair, index = torch.unique(item[part] * partner_blocks + partner, return_inverse=True)
-    bits = torch.zeros(pair.numel(), dtype=torch.int64).index_add_(0, index, 1 << place[part])
-    entry_item, entry_partner = pair // partner_blocks, pair % partner_blocks
-    # Mix the combinations of owners evenly over the stream, so that the owners keep pace.
-    kind = entry_item * (1 << _MASK_BITS) + bits
-    size = torch.bincount(kind, minlength=1)
-    by_kind = kind.argsort(stable=True)
-    number = torch.empty_like(by_kind)
-    number[by_kind] = torch.arange(kind.numel())
-    number -= (size.cumsum(0) - size)[kind]
-    progress = (number + 0.5) / size[kind]
-    entry_order = (entry_item + progress).argsort(stable=True)
-    entries = (entry_partner * (1 << _MASK_BITS) + bits)[entry_order]
-
-    count = torch.bincount(entry_item, minlength=item_count)
     items = torch.full((item_count, 12), -1, dtype=torch.int64)
     items[:, 0], items[:, 1] = count.cumsum(0) - count, count
-    items[item, 3 + place] = part_owner
-    items[item, 6 + place] = slot
+    items[item, 3 + place] = parts.owner
+    items[item, 6 + place] = parts.slot
     most = torch.zeros(item_count, dtype=torch.int64)
-    most.scatter_reduce_(0, item, part_length, "amax")
+    most.scatter_reduce_(0, item, parts.length, "amax")
     worker = _deal((most + _ITEM_TILES).repeat(copies), workgroups)
     items = items.repeat(copies, 1)
     items[:, 2] = torch.arange(copies).repeat_interleave(item_count)
@@ -289,10 +248,95 @@ def _work_list(
     items = items[worker.argsort(stable=True)]
     starts = torch.zeros(min(workgroups, items.shape[0]) + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(worker, minlength=starts.numel() - 1).cumsum(0)
+    return WorkList(items, entries, starts, parts.splits, parts.slots)
 
+
+class _Parts(NamedTuple):
+    """What warpgroups own: owners, the long ones cut; a pair is an owner and a partner.
+
+    Attributes:
+        owner: (parts,) whose part it is.
+        number: (parts,) which of the owner's parts.
+        length: (parts,) its partners.
+        slot: (parts,) workspace slot, -1 where the owner is whole.
+        of_pair: (pairs,) the part that each pair belongs to.
+        splits: (cut owners, 3): owner, first slot, slots.
+        slots: in all.
+    """
+
+    owner: Tensor
+    number: Tensor
+    length: Tensor
+    slot: Tensor
+    of_pair: Tensor
+    splits: Tensor
+    slots: int
+
+
+def _cut(owner: Tensor, owners: int, longest: int | None) -> _Parts:
+    """Cut owners of more than ``longest`` partners into even parts; ``owner`` is sorted."""
+    length = torch.bincount(owner, minlength=owners)
+    parts = torch.ones(owners, dtype=torch.int64)
+    if longest is not None:
+        parts = (-(-length // longest)).clamp(min=1)
+    part_owner = torch.repeat_interleave(torch.arange(owners), parts)
+    first_part = parts.cumsum(0) - parts
+    rank = torch.arange(owner.numel()) - (length.cumsum(0) - length)[owner]
+    of_pair = first_part[owner] + rank * parts[owner] // length[owner].clamp(min=1)
+    is_cut = parts[part_owner] > 1
+    slot = torch.where(is_cut, is_cut.long().cumsum(0) - 1, -1)
     cut_owner = (parts > 1).nonzero().flatten()
-    splits = torch.stack([cut_owner, slot[first_part[cut_owner]], parts[cut_owner]], dim=1)
-    return WorkList(items, entries, starts, splits, int(cut.sum()))
+    return _Parts(
+        owner=part_owner,
+        number=torch.arange(part_owner.numel()) - first_part[part_owner],
+        length=torch.bincount(of_pair, minlength=part_owner.numel()),
+        slot=slot,
+        of_pair=of_pair,
+        splits=torch.stack([cut_owner, slot[first_part[cut_owner]], parts[cut_owner]], dim=1),
+        slots=int(is_cut.sum()),
+    )
+
+
+def _group(
+    parts: _Parts, owner_heads: int, owner_blocks: int, owners_an_item: int
+) -> tuple[Tensor, Tensor, int]:
+    """Return the item of each part, its place there, and the number of items.
+
+    An item is of one head: like lengths together (they finish together), then neighbours (they
+    share a band), and the same part of several hot blocks (they share nearly all partners).
+    """
+    quantum = max(1.0, parts.length.double().mean().item() / 8)
+    level = (parts.length / quantum).round().long()
+    head = parts.owner // owner_blocks
+    position = _inverse(_lexicographic(head, -level, parts.number))
+    parts_a_head = torch.bincount(head, minlength=owner_heads)
+    items_a_head = -(-parts_a_head // owners_an_item)
+    within = position - (parts_a_head.cumsum(0) - parts_a_head)[head]
+    item = (items_a_head.cumsum(0) - items_a_head)[head] + within // owners_an_item
+    return item, within % owners_an_item, int(items_a_head.sum())
+
+
+def _stream(
+    item: Tensor, place: Tensor, partner: Tensor, partner_blocks: int, item_count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the entries of all items and how many each has.
+
+    There is one entry a partner of an item, with a bit for each owner that keeps it.
+
+    Args:
+        item, place, partner: of each pair.
+    """
+    pair, index = torch.unique(item * partner_blocks + partner, return_inverse=True)
+    bits = torch.zeros(pair.numel(), dtype=torch.int64).index_add_(0, index, 1 << place)
+    entry_item, entry_partner = pair // partner_blocks, pair % partner_blocks
+    # Mix the combinations of owners evenly over the stream, so that the owners keep pace.
+    kind = entry_item * (1 << _MASK_BITS) + bits
+    size = torch.bincount(kind, minlength=1)
+    number = _inverse(kind.argsort(stable=True)) - (size.cumsum(0) - size)[kind]
+    progress = (number + 0.5) / size[kind]
+    order = (entry_item + progress).argsort(stable=True)
+    entries = (entry_partner * (1 << _MASK_BITS) + bits)[order]
+    return entries, torch.bincount(entry_item, minlength=item_count)
 
 
 def _deal(cost: Tensor, workgroups: int) -> Tensor:
@@ -312,6 +356,13 @@ def _deal(cost: Tensor, workgroups: int) -> Tensor:
         heapq.heapreplace(loads, (load + costs[item], number))
     worker[order] = torch.tensor(chosen, dtype=torch.int64)
     return worker
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Return the position of each element in an order."""
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.numel())
+    return position
 
 
 def _lexicographic(*keys: Tensor) -> Tensor:
