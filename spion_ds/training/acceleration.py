@@ -25,6 +25,8 @@ class AcceleratedForward:
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
             replayed from then on. Shapes must then stay the same. A phase in which the model has
             a loss of its own beside its output (learned patterns) is not captured.
+        keeps_gradients: whether a parameter may keep a gradient until the next replay. Otherwise it
+            has the graph's own memory as its gradient, and needs no copy of it.
         before_capture: called before a capture; from then to its end no other thread may allocate
             memory for the GPU, nor pin any.
         backend: of torch.compile.
@@ -36,10 +38,12 @@ class AcceleratedForward:
         *,
         compile: bool,
         cuda_graph: bool,
+        keeps_gradients: bool = True,
         before_capture: Callable[[], object] = lambda: None,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self.model, self.cuda_graph, self._before_capture = model, cuda_graph, before_capture
+        self._keeps_gradients = keeps_gradients
         self._compiled: Forward | None = None
         if compile:
             # What this process compiled for other models counts towards a limit of eight.
@@ -76,7 +80,7 @@ class AcceleratedForward:
         module = _Own(self.model, self._compiled)
         self._before_capture()
         torch.cuda.make_graphed_callables(module, inputs)  # replaces module.forward
-        if self._captured is None:
+        if self._captured is None and self._keeps_gradients:
             # The graph writes gradients to the same memory at every replay: what a parameter
             # keeps must be a copy.
             for parameter in self.model.parameters():

@@ -172,6 +172,9 @@ class Trainer:
             self.model,
             compile=config.training.compile,
             cuda_graph=config.training.cuda_graph,
+            # At stage 0 every step ends with gradients that are None; other stages keep what they
+            # take apart.
+            keeps_gradients=stage != 0,
             before_capture=self.reader.settle,
         )
         self.timer = StepTimer(self.device)

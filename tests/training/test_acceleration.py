@@ -47,7 +47,12 @@ def batches(model: EncoderClassifier, device: torch.device) -> list[tuple]:
     return made
 
 
-def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForward) -> list[float]:
+def train(
+    model: EncoderClassifier,
+    data: list[tuple],
+    forward: AcceleratedForward,
+    keeps_gradients: bool = True,
+) -> list[float]:
     """Take three dense and three sparse steps; return the losses."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -63,8 +68,8 @@ def train(model: EncoderClassifier, data: list[tuple], forward: AcceleratedForwa
         pattern_loss = model.take_pattern_loss()
         assert (pattern_loss is not None) is (bool(model.patterns) and number < 3)
         loss = loss if pattern_loss is None else loss + pattern_loss
-        # Gradients stay between steps: a replay must not write into what a parameter keeps.
-        optimizer.zero_grad(set_to_none=False)
+        # Where they stay between steps, a replay must not write into what a parameter keeps.
+        optimizer.zero_grad(set_to_none=not keeps_gradients)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -85,13 +90,17 @@ def evaluate(model: EncoderClassifier, ids: torch.Tensor, real: torch.Tensor) ->
 
 
 def losses_with(
-    device: torch.device, sparse_attention: AttentionConfig = _SPION, **options: Any
+    device: torch.device,
+    sparse_attention: AttentionConfig = _SPION,
+    keeps_gradients: bool = True,
+    **options: Any,
 ) -> list[float]:
     model = tiny_model(device, sparse_attention)
     keys = set(model.state_dict())
     torch.manual_seed(1)
     data = batches(model, device)
-    losses = train(model, data, AcceleratedForward(model, **options))
+    forward = AcceleratedForward(model, keeps_gradients=keeps_gradients, **options)
+    losses = train(model, data, forward, keeps_gradients)
     assert set(model.state_dict()) == keys
     assert "forward" not in vars(model)  # check steps and evaluation use the model's own
     return losses
@@ -138,14 +147,17 @@ def test_each_phase_is_compiled_once_and_whole(mode: AttentionConfig, change: di
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("keeps_gradients", [True, False])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("sparse_attention", [_SPION, SatAttentionConfig(block=16)])
 def test_replayed_steps_have_the_losses_of_plain_steps(
-    compile: bool, sparse_attention: AttentionConfig
+    compile: bool, sparse_attention: AttentionConfig, keeps_gradients: bool
 ) -> None:
     device = torch.device("cuda")
     plain = losses_with(device, sparse_attention, compile=False, cuda_graph=False)
-    replayed = losses_with(device, sparse_attention, compile=compile, cuda_graph=True)
+    replayed = losses_with(
+        device, sparse_attention, keeps_gradients, compile=compile, cuda_graph=True
+    )
     # Without compiling, the same kernels in the same order; fused ones round differently.
     assert replayed == (pytest.approx(plain, rel=1e-3) if compile else plain)
 
