@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,21 +64,23 @@ def sample_keys(seed: int, step: int, samples: Tensor, places: int) -> Tensor:
         samples: (batch,) integer position of each sample in the step's global batch.
         places: how many places in the model draw a mask.
     """
-    number = _combine_numbers(_combine_numbers(0, seed), step)
-    key = torch.full((1,), _wrap(number), dtype=torch.int32, device=samples.device)
-    key = combine(key, samples)
-    place = torch.arange(places, dtype=torch.int32, device=samples.device)
-    return combine(key, place[:, None])
+    key = np.zeros(1, dtype=np.uint32)
+    for number in (seed, step):
+        key = _combine_numbers(key, np.array([number % 2**32]))
+    key = _combine_numbers(key, samples.numpy(force=True))
+    keys = _combine_numbers(key, np.arange(places)[:, None])
+    return torch.from_numpy(keys.view(np.int32)).to(samples.device)
 
 
-def _combine_numbers(key: int, counter: int) -> int:
-    """Return ``combine`` of two numbers, unsigned: one by one, tensors cost far more."""
-    x = (key + (counter + 1) * STRIDE) % 2**32
+def _combine_numbers(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
+    """Return ``combine`` of keys in uint32, so few of them that tensors would cost far more."""
+    x = key + ((counter + 1) * STRIDE).astype(np.uint32)
     x ^= x >> 16
-    x = x * MULTIPLY_1 % 2**32
+    x *= MULTIPLY_1
     x ^= x >> 15
-    x = x * MULTIPLY_2 % 2**32
-    return x ^ (x >> 16)
+    x *= MULTIPLY_2 % 2**32
+    x ^= x >> 16
+    return x
 
 
 def keep_threshold(p: float) -> int:

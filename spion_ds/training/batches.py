@@ -81,9 +81,9 @@ class BatchOrder:
         position = step * self.batch_size + np.arange(self.batch_size)
         epoch = position // self.num_samples
         order = np.empty(self.batch_size, dtype=np.int64)
-        for number in np.unique(epoch):
+        for number in range(epoch[0], epoch[-1] + 1):
             here = epoch == number
-            order[here] = self._permutation(int(number))[position[here] % self.num_samples]
+            order[here] = self._permutation(number)[position[here] % self.num_samples]
         return order
 
     def _permutation(self, epoch: int) -> np.ndarray:

@@ -47,8 +47,8 @@ def clip_by_value(optimizer: torch.optim.Optimizer, bound: float | None) -> None
         return
 
     def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        groups = optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if gradients:  # a rank of ZeRO may own none
             torch._foreach_clamp_min_(gradients, -bound)
             torch._foreach_clamp_max_(gradients, bound)
@@ -74,6 +74,8 @@ def step_without_waiting(engine: Any) -> None:
     masters = [p for group in optimizer.fp32_groups for p in group]
     weights = [p for group in optimizer.fp16_groups for p in group]
     gradients = [torch.zeros_like(master) for master in masters]
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
 
     @torch.no_grad()
     def step(closure: None = None) -> bool:
@@ -83,8 +85,6 @@ def step_without_waiting(engine: Any) -> None:
         else:
             for gradient, found in zip(gradients, given, strict=True):
                 gradient.zero_() if found is None else gradient.copy_(found)
-        for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = gradient
         optimizer.optimizer.step()
         torch._foreach_copy_(weights, masters)
         return False

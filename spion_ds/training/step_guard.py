@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from dataclasses import dataclass
@@ -52,11 +53,13 @@ class StepGuard:
     ) -> None:
         self.at_once = at_once
         looked_at = [named for named in model.named_parameters() if named[1].requires_grad]
-        # Of each place in _sums; backward passes reach the last parameters first.
+        # Backward passes reach the last parameters first.
         self.names = [_part(name) for name, _ in looked_at] + ["the loss"]
-        # The sum of every gradient and of the loss, a row a micro-batch: one operator each.
-        self._sums = torch.zeros(1, len(self.names), device=device)
-        self._row = 0
+        self._no, self._yes = torch.zeros((), device=device), torch.ones((), device=device)
+        # A value () float32 of each name, finite only if what it stands for is: of the present
+        # micro-batch, and of the step's earlier ones one after the other.
+        self._row = [self._no] * len(self.names)
+        self._rows: list[Tensor] = []
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._whole = [p for _, p in looked_at] if gradients and whole else []
         if gradients and not whole:
@@ -65,57 +68,59 @@ class StepGuard:
 
     def add_loss(self, loss: Tensor) -> None:
         """Look at the loss of a micro-batch, after its backward pass."""
-        self._add(-1, loss)
-        self._row += 1
-        if self._row == len(self._sums):
-            self._sums = torch.cat([self._sums, torch.zeros_like(self._sums[:1])])
+        self._row[-1] = loss.detach()
+        self._rows += self._row
+        self._row = [self._no] * len(self.names)
 
     def close(self, step: int, asked_to_stop: bool) -> list[StepReport]:
         """End a step on all ranks; return the reports that are ready: its own, or the last's."""
         self._look_at_whole()
-        sums = self._sums[: self._row]
-        self._row = 0
-        flags = sums.new_full((1 + len(self.names),), asked_to_stop)
-        # A difference from itself is 0, or NaN: fewer operators than isfinite has.
-        torch.ne((sums - sums).sum(dim=0), 0.0, out=flags[1:])
+        values = torch.stack([self._yes if asked_to_stop else self._no, *self._rows])
+        self._rows = []
         if dist.get_world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            dist.all_reduce(values)  # what is not finite stays so in any sum
         event = None
-        if flags.is_cuda:
-            flags = flags.to("cpu", non_blocking=True)
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, flags, event))
+        self._pending.append((step, values, event))
         return self.reports(0 if self.at_once else 1)
 
     def reports(self, leave: int = 0) -> list[StepReport]:
         """Wait for the pending reports, all but the newest ``leave``, and return them."""
         ready = []
         while len(self._pending) > leave:
-            step, flags, event = self._pending.popleft()
+            step, found, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            stop, *found = flags.tolist()
-            bad = [name for name, flag in zip(self.names, found, strict=True) if flag]
-            ready.append(StepReport(step, bool(stop), list(dict.fromkeys(reversed(bad)))))
+            stop, *values = found.tolist()
+            ready.append(StepReport(step, stop > 0.0, self._not_finite(values)))
         return ready
+
+    def _not_finite(self, values: list[float]) -> list[str]:
+        if math.isfinite(sum(values)):  # almost always
+            return []
+        width = len(self.names)
+        bad = [
+            name
+            for place, name in enumerate(self.names)
+            if not all(map(math.isfinite, values[place::width]))
+        ]
+        return list(dict.fromkeys(reversed(bad)))
 
     def _look_at_whole(self) -> None:
         found = [(place, p.grad) for place, p in enumerate(self._whole) if p.grad is not None]
         if found:
-            # The largest magnitude is NaN or infinite if and only if an element is.
-            peaks = torch._foreach_norm([gradient for _, gradient in found], float("inf"))
-            places = [place for place, _ in found]
-            row = self._sums[0]
-            if len(places) == len(row) - 1:
-                row[:-1] = torch.stack(peaks)
-            else:
-                for place, peak in zip(places, peaks, strict=True):
-                    row[place] = peak
+            # The largest magnitude is NaN or infinite if and only if an element is. Gradients add
+            # up over micro-batches, so they have the first one's places.
+            gradients = [gradient for _, gradient in found]
+            peaks = torch._foreach_norm(gradients, float("inf"), dtype=torch.float32)
+            for (place, _), peak in zip(found, peaks, strict=True):
+                self._rows[place] = peak
 
-    def _add(self, place: int, values: Tensor) -> None:
-        flat = values.detach().flatten()
-        torch.sum(flat, 0, dtype=torch.float32, out=self._sums[self._row][place])
+    def _add(self, place: int, gradient: Tensor) -> None:
+        self._row[place] = gradient.sum(dtype=torch.float32)
 
 
 def _part(parameter_name: str) -> str:
