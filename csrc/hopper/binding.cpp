@@ -55,6 +55,12 @@ void check(int error) {
   C10_CUDA_CHECK(static_cast<cudaError_t>(error));
 }
 
+// Tensor maps are made by the driver, in the context of the calling thread. One of autograd's may
+// have none until it calls the runtime, and the guard calls nothing where the device is the same.
+void bind_context(const Tensor& x) {
+  C10_CUDA_CHECK(cudaSetDevice(x.get_device()));
+}
+
 // Padding as the kernels read it; both undefined without.
 struct Padding {
   Tensor bits, counts;
@@ -105,6 +111,7 @@ std::tuple<Tensor, Tensor> forward(
     const Tensor& /*col_slots*/, const OptionalTensor& padding_mask, bool per_head, double scale,
     bool pruned_zero, bool skip_padded) {
   const c10::cuda::CUDAGuard guard(q_given.device());
+  bind_context(q_given);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const Tensor q = readable(q_given), k = readable(k_given), v = readable(v_given);
   const Padding padding(padding_mask, stream);
@@ -133,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const OptionalTensor& padding_mask, bool per_head, double scale, bool pruned_zero,
     bool /*skip_padded*/) {
   const c10::cuda::CUDAGuard guard(q_given.device());
+  bind_context(q_given);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const Tensor q = readable(q_given), k = readable(k_given), v = readable(v_given),
                out = readable(out_given), grad = readable(grad_given);

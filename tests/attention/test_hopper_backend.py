@@ -5,6 +5,7 @@ Where there is no such GPU an emulation stands for the kernels; all around them 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_agrees_with_the_reference(case, device):
 def test_what_surrounds_the_kernels_agrees_with_the_reference(case):
     with emulated_hopper():
         assert_is_the_reference(case, "hopper", ON_CPU, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_runs_on_a_thread_that_has_not_used_the_gpu(device):
+    qkv, layout = drawn(device), layout_of(device)
+    attend(*qkv, layout)  # leaves memory, which the thread need not ask the runtime for
+    expected = attend(*qkv, layout)
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(attend, *qkv, layout).result()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu
