@@ -77,6 +77,8 @@ class PathfinderConfig:
         seed_distance: pixels between the first ends of the two snakes.
         marker_radius: of the discs, in pixels.
         contour_length: strokes of each of the two snakes.
+        train_contour_lengths: instead of it in the training split, one after the other, shard by
+            shard of generated images: short contours teach what a contour is. Empty: none.
         continuity: how straight snakes go on, from 1 up: a turn of 90°/continuity is the sharpest.
         distractors: short snakes beside the two.
         distractor_length: strokes of one.
@@ -97,6 +99,7 @@ class PathfinderConfig:
     seed_distance: int = 7
     marker_radius: float = 1.5
     contour_length: int = 14
+    train_contour_lengths: tuple[int, ...] = ()
     continuity: float = 1.0
     distractors: int = 5
     distractor_length: int = 4
@@ -122,6 +125,12 @@ class PathfinderConfig:
             "data.margins",
             self.margins,
             "whole numbers from 1 up",
+        )
+        require(
+            min(self.train_contour_lengths, default=2) >= 2,
+            "data.train_contour_lengths",
+            self.train_contour_lengths,
+            "whole numbers from 2 up, or [] for data.contour_length alone",
         )
         thick = self.paddle_thickness * self.antialias
         require(
@@ -177,6 +186,7 @@ def prepare(config: PathfinderConfig, root: Path, verify: bool = True) -> Datase
     config.validate()
     if config.source == GENERATE:
         parameters = {**asdict(config), "margins": list(config.margins)}
+        parameters["train_contour_lengths"] = list(config.train_contour_lengths)
         parameters["generator_version"] = GENERATOR_VERSION
         folder = cache_folder(root, config.task, parameters)
         shards = folder.with_name(f"{folder.name}.shards")
@@ -218,7 +228,7 @@ def draw_shard(config: PathfinderConfig, number: int) -> tuple[np.ndarray, np.nd
     random = np.random.PCG64(np.random.SeedSequence(config.seed, spawn_key=(number,)))
     scene = Scene(
         config.seed_distance,
-        config.contour_length,
+        _contour_length(config, number),
         config.distractors,
         config.distractor_length,
         config.marker_radius,
@@ -235,6 +245,13 @@ def draw_shard(config: PathfinderConfig, number: int) -> tuple[np.ndarray, np.nd
             pixels[rows] = images.pixels.reshape(len(rows), -1)
             labels[rows] = images.labels
     return pixels, labels
+
+
+def _contour_length(config: PathfinderConfig, number: int) -> int:
+    """Return the strokes of each of the two snakes in a shard."""
+    lengths = config.train_contour_lengths
+    only_training = number < config.train // SHARD_IMAGES
+    return lengths[number % len(lengths)] if lengths and only_training else config.contour_length
 
 
 @functools.lru_cache(maxsize=8)

@@ -160,6 +160,21 @@ def test_splits_share_no_image_and_images_do_not_depend_on_the_sizes(tmp_path: P
     assert not np.array_equal(seeds.train.input_ids, data.train.input_ids)
 
 
+@pytest.mark.ranks
+def test_training_images_may_have_shorter_contours_than_the_others(tmp_path: Path) -> None:
+    # Shards 0 and 1 are training images alone, shard 2 is shared, validation ends in shard 3.
+    mixed = replace(TINY, train=600, validation=300, train_contour_lengths=(2, 3))
+    data, plain = (
+        prepare(mixed, tmp_path),
+        prepare(replace(mixed, train_contour_lengths=()), tmp_path),
+    )
+    shards = [draw_shard(replace(TINY, contour_length=n), i)[0] for i, n in enumerate((2, 3))]
+    assert np.array_equal(data.train.input_ids[: 2 * SHARD_IMAGES], np.concatenate(shards))
+    assert np.array_equal(data.train.input_ids[2 * SHARD_IMAGES :], plain.train.input_ids[500:])
+    assert np.array_equal(data.validation.input_ids, plain.validation.input_ids)
+    assert np.array_equal(data.test.input_ids, plain.test.input_ids)
+
+
 def test_an_interrupted_generation_keeps_its_finished_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +279,10 @@ def test_snakes_that_never_fit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         ({"continuity": 0.5}, r"data\.continuity"),
         ({"contrast": 0.0}, r"data\.contrast"),
         ({"contour_length": 1}, r"data\.contour_length"),
+        (
+            {"train_contour_lengths": (6, 1)},
+            r"data\.train_contour_lengths is \(6, 1\); allowed: .*2",
+        ),
         ({"train": 0}, r"data\.train"),
         ({"source": ""}, r"data\.source"),
     ],
