@@ -21,8 +21,10 @@ from spion_ds.attention.streaming_maps import (
 from spion_ds.errors import ConfigError
 from spion_ds.patterns.pooling import check_filter_size
 
-# Bytes of the probabilities of one chunk of query rows.
+# Bytes of the scores of one chunk of query rows: in a CPU's caches as far as they go, and on a GPU
+# enough to keep it busy.
 _CHUNK_BYTES = 64 << 20
+_GPU_CHUNK_BYTES = 256 << 20
 
 
 class AttentionMapAccumulator:
@@ -51,10 +53,8 @@ class AttentionMapAccumulator:
         if self.total is None or self.count is None:
             self.total = q_BHLD.new_zeros((length, length), dtype=torch.float64)
             self.count = q_BHLD.new_zeros((length,), dtype=torch.float64)
-        chunk = _chunk_rows(q_BHLD)
-        for first in range(0, length, chunk):
-            rows = slice(first, min(first + chunk, length))
-            self.total[rows] += _row_sums(q_BHLD, k_BHLD, rows, key_padding_mask, causal, scale)
+        for rows, sums in _row_sums(q_BHLD, k_BHLD, key_padding_mask, causal, scale):
+            self.total[rows] += sums
         self.count += _row_counts(q_BHLD, key_padding_mask)
 
 
@@ -98,8 +98,8 @@ def attention_map(
             return pooled_map(request._replace(block=block, filter_size=filter_size or 1))
         length = q.shape[2]
         total = q.new_zeros((length, length), dtype=torch.float64)
-        for rows in _chunks(length, _chunk_rows(q)):
-            total[rows] = _row_sums(q, k, rows, key_padding_mask, causal, scale)
+        for rows, sums in _row_sums(q, k, key_padding_mask, causal, scale):
+            total[rows] = sums
         return total / count.clamp(min=1.0)[:, None]
 
 
@@ -144,40 +144,35 @@ def _request(
     return MapRequest(q, k, row_weights, key_padding_mask, causal, scale)
 
 
-def _chunks(length: int, step: int) -> Iterator[slice]:
-    for first in range(0, length, step):
-        yield slice(first, min(first + step, length))
-
-
-def _chunk_rows(q_BHLD: Tensor) -> int:
-    batch, heads, length, _ = q_BHLD.shape
-    return max(1, _CHUNK_BYTES // (batch * heads * length * 4))
-
-
 def _row_sums(
     q_BHLD: Tensor,
     k_BHLD: Tensor,
-    rows: slice,
     key_padding_mask: Tensor | None,
     causal: bool,
     scale: float | None,
-) -> Tensor:
-    """Return the attention of some query rows summed over batch and heads, (R, L) float64."""
-    scale = q_BHLD.shape[-1] ** -0.5 if scale is None else scale
-    groups = q_BHLD.shape[1] // k_BHLD.shape[1]
-    k_BHLD = k_BHLD.repeat_interleave(groups, dim=1) if groups > 1 else k_BHLD
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield chunks of query rows, and their sums over batch and heads, (R, L) float64."""
+    batch, heads, length, head_dim = q_BHLD.shape
+    scale = head_dim**-0.5 if scale is None else scale
     full = torch.float64 if q_BHLD.dtype == torch.float64 else torch.float32
-    scores_BHRL = (q_BHLD[:, :, rows].to(full) * scale) @ k_BHLD.to(full).transpose(-2, -1)
-    if causal:
-        position = torch.arange(q_BHLD.shape[2], device=q_BHLD.device)
-        scores_BHRL.masked_fill_(position > position[rows, None], float("-inf"))
-    if key_padding_mask is not None:
-        scores_BHRL.masked_fill_(~key_padding_mask[:, None, None, :], float("-inf"))
-    probs_BHRL = torch.softmax(scores_BHRL, dim=-1)
-    if key_padding_mask is not None:
-        # Drops the rows of padded queries, and the NaN rows of samples without a real token.
-        probs_BHRL.masked_fill_(~key_padding_mask[:, None, rows, None], 0.0)
-    return probs_BHRL.sum(dim=(0, 1), dtype=torch.float64)
+    keys_BHDL = k_BHLD.to(full).transpose(-2, -1)
+    if heads > k_BHLD.shape[1]:
+        keys_BHDL = keys_BHDL.repeat_interleave(heads // k_BHLD.shape[1], dim=1)
+    chunk_bytes = _GPU_CHUNK_BYTES if q_BHLD.is_cuda else _CHUNK_BYTES
+    chunk = max(1, chunk_bytes // (batch * heads * length * 4))
+    position = torch.arange(length, device=q_BHLD.device)
+    for first in range(0, length, chunk):
+        rows = slice(first, min(first + chunk, length))
+        scores_BHRL = (q_BHLD[:, :, rows].to(full) * scale) @ keys_BHDL
+        if causal:
+            scores_BHRL.masked_fill_(position > position[rows, None], float("-inf"))
+        if key_padding_mask is not None:
+            scores_BHRL.masked_fill_(~key_padding_mask[:, None, None, :], float("-inf"))
+        probs_BHRL = torch.softmax(scores_BHRL, dim=-1)
+        if key_padding_mask is not None:
+            # Drops the rows of padded queries, and the NaN rows of samples without a real token.
+            probs_BHRL.masked_fill_(~key_padding_mask[:, None, rows, None], 0.0)
+        yield rows, probs_BHRL.sum(dim=(0, 1), dtype=torch.float64)
 
 
 def _row_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:

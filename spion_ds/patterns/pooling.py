@@ -15,8 +15,10 @@ from torch import Tensor
 
 from spion_ds.errors import ConfigError
 
-# Rows that pool_map treats at a time: enough to keep a GPU busy, little enough for a CPU's cache.
+# Rows that pool_map treats at a time: little enough for a CPU's cache. On a GPU, where each of some
+# hundred small operators a strip is a launch, as many as have so many entries.
 _STRIP_ROWS = 128
+_GPU_STRIP_ENTRIES = 1 << 23
 
 
 def pool_map(attention_map: Tensor, block: int, filter_size: int | None = None) -> Tensor:
@@ -42,7 +44,10 @@ def pool_map(attention_map: Tensor, block: int, filter_size: int | None = None) 
     length = attention_map.shape[0]
     check_block(block, length)
     check_filter_size(filter_size)
-    strip = block * max(1, _STRIP_ROWS // block)
+    rows = _STRIP_ROWS
+    if attention_map.is_cuda:
+        rows = max(rows, _GPU_STRIP_ENTRIES // length)
+    strip = block * max(1, rows // block)
     pooled = []
     for start in range(0, length, strip):
         stop = min(length, start + strip)

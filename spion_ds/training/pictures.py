@@ -16,9 +16,9 @@ _RAMP = np.array(
 
 def map_picture(attention: Tensor) -> np.ndarray:
     """Return a map (L, L) as (side, side, 3) uint8; the square root makes weak entries visible."""
-    values = attention.detach().float().cpu()[None, None]
-    side = min(_SIDE, values.shape[-1])
-    values = F.adaptive_avg_pool2d(values, side)[0, 0].sqrt()
+    side = min(_SIDE, attention.shape[-1])
+    # Where the map is: its picture is a small part of it.
+    values = F.adaptive_avg_pool2d(attention.detach().float()[None, None], side)[0, 0].sqrt().cpu()
     return _enlarge(_colour((values / values.max().clamp(min=1e-12)).numpy()))
 
 
