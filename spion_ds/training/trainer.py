@@ -122,6 +122,8 @@ class Trainer:
         clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
         step_unless(self.engine.basic_optimizer, lambda: self._skipping)
         step_without_waiting(self.engine)
+        # The engine's own, taken in fp32 at stage 0, walks through all modules.
+        self.engine.zero_grad = self.engine.optimizer.zero_grad
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
