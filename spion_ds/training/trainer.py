@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
-from spion_ds.data import Dataset, get_task
+from spion_ds.data import Dataset
 from spion_ds.data.listops_levels import subexpression_values
 from spion_ds.errors import SpionError
 from spion_ds.models import set_masks
@@ -50,7 +49,7 @@ from spion_ds.training.coordinator import (
 )
 from spion_ds.training.deepspeed_config import with_universal_checkpoint, zero_stage
 from spion_ds.training.evaluation import build_model, evaluate
-from spion_ds.training.masked_tokens import mask_tokens
+from spion_ds.training.losses import Losses
 from spion_ds.training.optimizer_hooks import (
     clip_by_value,
     restart,
@@ -62,7 +61,6 @@ from spion_ds.training.resuming import Resume, drop_universal, make_universal
 from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
 from spion_ds.training.step_guard import StepGuard, StepReport
 from spion_ds.training.stopping import StopRequest
-from spion_ds.training.subexpressions import subexpression_loss
 from spion_ds.training.tally import Tally
 from spion_ds.training.watch import Watch
 
@@ -184,6 +182,7 @@ class Trainer:
             folder if ranks.is_first else None, config.training.steps, self.state.step
         )
         self.tally = Tally(self.device)
+        self.losses = Losses(config, self.model, self.engine, self.tally)
         self._rate = 0.0
         self._skipped = 0  # steps in a row
         self._stopping = False  # agreed by all ranks
@@ -261,26 +260,7 @@ class Trainer:
             plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
             with plain:
                 logits = self.engine(*inputs).float()
-            named_loss = None
-            if batch.values is not None:
-                named_loss = subexpression_loss(logits, batch.values)
-                logits = logits[:, 0]  # the root's
-            loss = F.cross_entropy(logits, batch.labels)
-            samples = len(batch.labels)
-            self.tally.add(loss, logits, batch.labels)
-            if named_loss is not None:
-                self.tally.add_part("subexpression_loss", named_loss, samples)
-                loss = loss + config.model.subexpression_loss * named_loss
-            if config.model.masked_token_loss > 0.0:
-                # Not left out: every parameter shall have a gradient.
-                loss = loss * float(state.step >= config.training.pretrain_steps)
-                masked_loss = self._masked_token_loss(batch, keys)
-                self.tally.add_part("masked_token_loss", masked_loss, samples)
-                loss = loss + config.model.masked_token_loss * masked_loss
-            pattern_loss = self.model.take_pattern_loss()
-            if pattern_loss is not None:
-                self.tally.add_part("pattern_loss", pattern_loss, samples)
-                loss = loss + pattern_loss
+            loss = self.losses.of(batch, keys, logits, state.step)
             # Divided by one it would be the same loss, and two operators more.
             self.engine.backward(loss, scale_wrt_gas=config.batches.accumulation > 1)
             self.reader.read_ahead(state.step, micro_step)
@@ -325,16 +305,6 @@ class Trainer:
             PooledMapAccumulator(layer.block, layer.convolution, weights, keep_batches=keeps)
             for layer in layers
         ]
-
-    def _masked_token_loss(self, batch: Batch, keys: DrawKeys) -> Tensor:
-        """Return the loss () of a pass in which tokens are masked."""
-        mask_id = get_task(self.config.task).vocab_size
-        real = self.model.real_tokens(batch.input_ids, batch.padding_mask)
-        masked = mask_tokens(batch.input_ids, real, keys.masks, mask_id)
-        logits = self.engine(
-            masked.input_ids, batch.padding_mask, keys.masked_dropout, guess_tokens=True
-        )
-        return masked.loss(logits)
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""

@@ -24,14 +24,14 @@ from unittest import mock
 import torch
 
 from spion_ds.errors import SpionError
-from spion_ds.training import checkpoint, coordinator, trainer
+from spion_ds.training import checkpoint, coordinator, losses, trainer
 from spion_ds.training.ranks import discover_ranks, end_process, leave
 from spion_ds.training.session import TrainOptions, run_command, train
 from spion_ds.training.stopping import Stopped
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (trainer.Trainer, "_step"),
-    "loss": (trainer.F, "cross_entropy"),
+    "loss": (losses.F, "cross_entropy"),
     "map": (coordinator, "_mean_map"),
     "broadcast": (coordinator.Coordinator, "_broadcast"),
     "layouts": (trainer, "layouts_digest"),

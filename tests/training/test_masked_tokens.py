@@ -16,8 +16,9 @@ from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig
 from spion_ds.training.batches import Batch, DrawKeys
+from spion_ds.training.losses import Losses
 from spion_ds.training.masked_tokens import MASKED_SHARE, mask_tokens
-from spion_ds.training.trainer import Trainer
+from spion_ds.training.tally import Tally
 from tests.training.test_config import build
 
 VOCABULARY = 17
@@ -91,14 +92,20 @@ def test_hidden_zeros_are_not_masked() -> None:
     )
     vocabulary = TASKS["image"].vocab_size
     model = EncoderClassifier(sizes, SparseAttentionConfig(block=16), vocabulary, 10, 64)
-    trainer: Any = Trainer.__new__(Trainer)
-    trainer.config, trainer.model = SimpleNamespace(task="image"), model
     seen: list[torch.Tensor] = []
-    trainer.engine = lambda ids, *rest, **named: seen.append(ids) or model(ids, *rest, **named)
+
+    def forward(ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        seen.append(ids)
+        return model(ids, *rest, **named)
+
+    training = SimpleNamespace(pretrain_steps=1)
+    config: Any = SimpleNamespace(task="image", model=sizes, training=training)
+    tally = Tally(torch.device("cpu"))
     ids, real, _ = batch(8, 64)
     keys = sample_keys(0, 1, torch.arange(8), DrawKeys.places(model.dropout_places))
     given = Batch(ids, real, torch.zeros(8, dtype=torch.int64))
-    assert trainer._masked_token_loss(given, DrawKeys.split(keys)) > 0
+    logits = torch.zeros(8, 10)
+    assert Losses(config, model, forward, tally).of(given, DrawKeys.split(keys), logits, 0) > 0
     assert (seen[0] == vocabulary).any()
     assert torch.equal(seen[0] == 0, ids == 0)  # as the layers see it, padding
 
