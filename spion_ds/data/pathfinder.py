@@ -78,7 +78,8 @@ class PathfinderConfig:
         marker_radius: of the discs, in pixels.
         contour_length: strokes of each of the two snakes.
         train_contour_lengths: instead of it in the training split, one after the other, shard by
-            shard of generated images: short contours teach what a contour is. Empty: none.
+            shard of generated images: short contours teach what a contour is. Empty: none. Files
+            bring their own, whatever it says.
         continuity: how straight snakes go on, from 1 up: a turn of 90°/continuity is the sharpest.
         distractors: short snakes beside the two.
         distractor_length: strokes of one.
@@ -186,7 +187,9 @@ def prepare(config: PathfinderConfig, root: Path, verify: bool = True) -> Datase
     config.validate()
     if config.source == GENERATE:
         parameters = {**asdict(config), "margins": list(config.margins)}
-        parameters["train_contour_lengths"] = list(config.train_contour_lengths)
+        lengths = parameters.pop("train_contour_lengths")
+        if lengths:  # without, the images are those of caches from before there was the key
+            parameters["train_contour_lengths"] = list(lengths)
         parameters["generator_version"] = GENERATOR_VERSION
         folder = cache_folder(root, config.task, parameters)
         shards = folder.with_name(f"{folder.name}.shards")

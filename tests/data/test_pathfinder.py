@@ -173,6 +173,7 @@ def test_training_images_may_have_shorter_contours_than_the_others(tmp_path: Pat
     assert np.array_equal(data.train.input_ids[2 * SHARD_IMAGES :], plain.train.input_ids[500:])
     assert np.array_equal(data.validation.input_ids, plain.validation.input_ids)
     assert np.array_equal(data.test.input_ids, plain.test.input_ids)
+    assert "train_contour_lengths" not in plain.manifest["parameters"]  # caches keep their names
 
 
 def test_an_interrupted_generation_keeps_its_finished_shards(
