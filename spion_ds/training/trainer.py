@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,26 +103,8 @@ class Trainer:
         self.checkpoints = folder / "checkpoints"
         self.device = ranks.device
         self.model = build_model(config)
-        deepspeed_config = config.resolved
-        if resume is not None and resume.way == "weights":
-            self.model.load_state_dict(load_weights(resume.folder))
-        elif resume is not None and resume.way == "universal":
-            deepspeed_config = with_universal_checkpoint(config.resolved)
-        # DeepSpeed moves the model to its device and wraps optimizer and gradients.
-        self.engine, *_ = import_deepspeed().initialize(
-            model=self.model,
-            model_parameters=list(self.model.parameters()),
-            config=deepspeed_config,
-        )
-        self._skipping = False
+        self.engine = self._make_engine(resume)
         stage = zero_stage(config.resolved)
-        if stage == 0 and ranks.world_size == 1:
-            self.engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
-        clip_by_value(self.engine.basic_optimizer, config.optimizer.clip_value)
-        step_unless(self.engine.basic_optimizer, lambda: self._skipping)
-        step_without_waiting(self.engine)
-        # The engine's own, taken in fp32 at stage 0, walks through all modules.
-        self.engine.zero_grad = self.engine.optimizer.zero_grad
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
@@ -149,8 +132,60 @@ class Trainer:
             agreement,
         )
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
-        self.reader = BatchReader(
-            dataset.train,
+        self.reader = self._make_reader()
+        self.accelerated = AcceleratedForward(
+            self.model,
+            compile=config.training.compile,
+            cuda_graph=config.training.cuda_graph,
+            # At stage 0 every step ends with gradients that are None; other stages keep what they
+            # take apart.
+            keeps_gradients=stage != 0,
+            before_capture=self.reader.settle,
+        )
+        self.timer = StepTimer(self.device)
+        self.log = RunLog(
+            folder if ranks.is_first else None, config.training.steps, self.state.step
+        )
+        self.tally = Tally(self.device)
+        self.losses = Losses(config, self.model, self.engine, self.tally)
+        self._rate = 0.0
+        self._skipping = False
+        self._skipped = 0  # steps in a row
+        self._stopping = False  # agreed by all ranks
+        if self.state.step == 0 and self.state.masks is not None:
+            shown = ", ".join(f"{mask.double().mean():.1%}" for mask in self.state.masks)
+            mode = config.sparse_attention.mode
+            self.log.say(f"sparse attention from the first step ({mode}); densities {shown}")
+            self.log.pictures(0, None, self.state.masks)
+
+    def _make_engine(self, resume: Resume | None) -> Any:
+        """Return DeepSpeed's engine of the model, with what a step needs hooked into it."""
+        config = self.config
+        deepspeed_config = config.resolved
+        if resume is not None and resume.way == "weights":
+            self.model.load_state_dict(load_weights(resume.folder))
+        elif resume is not None and resume.way == "universal":
+            deepspeed_config = with_universal_checkpoint(config.resolved)
+        # DeepSpeed moves the model to its device and wraps optimizer and gradients.
+        engine, *_ = import_deepspeed().initialize(
+            model=self.model,
+            model_parameters=list(self.model.parameters()),
+            config=deepspeed_config,
+        )
+        if zero_stage(config.resolved) == 0 and self.ranks.world_size == 1:
+            engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
+        clip_by_value(engine.basic_optimizer, config.optimizer.clip_value)
+        step_unless(engine.basic_optimizer, lambda: self._skipping)
+        step_without_waiting(engine)
+        # The engine's own, taken in fp32 at stage 0, walks through all modules.
+        engine.zero_grad = engine.optimizer.zero_grad
+        return engine
+
+    def _make_reader(self) -> BatchReader:
+        """Return what reads this rank's micro-batches, with their keys, ahead of the steps."""
+        config, ranks = self.config, self.ranks
+        return BatchReader(
+            self.dataset.train,
             self.order,
             lambda micro_step: micro_batch_positions(
                 micro_step, config.batches.micro, ranks.rank, ranks.world_size
@@ -168,29 +203,6 @@ class Trainer:
             ),
             values=subexpression_values if config.model.subexpression_loss > 0.0 else None,
         )
-        self.accelerated = AcceleratedForward(
-            self.model,
-            compile=config.training.compile,
-            cuda_graph=config.training.cuda_graph,
-            # At stage 0 every step ends with gradients that are None; other stages keep what they
-            # take apart.
-            keeps_gradients=stage != 0,
-            before_capture=self.reader.settle,
-        )
-        self.timer = StepTimer(self.device)
-        self.log = RunLog(
-            folder if ranks.is_first else None, config.training.steps, self.state.step
-        )
-        self.tally = Tally(self.device)
-        self.losses = Losses(config, self.model, self.engine, self.tally)
-        self._rate = 0.0
-        self._skipped = 0  # steps in a row
-        self._stopping = False  # agreed by all ranks
-        if self.state.step == 0 and self.state.masks is not None:
-            shown = ", ".join(f"{mask.double().mean():.1%}" for mask in self.state.masks)
-            mode = config.sparse_attention.mode
-            self.log.say(f"sparse attention from the first step ({mode}); densities {shown}")
-            self.log.pictures(0, None, self.state.masks)
 
     @property
     def stopped_by_signal(self) -> bool:
