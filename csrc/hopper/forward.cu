@@ -15,37 +15,27 @@ struct Softmax {
   float top[2] = {-1e30f, -1e30f};
   float total[2] = {0.0f, 0.0f};
 
-  // weights = 2^(score * scale - top). It tries the old shift first, and takes the maxima only
-  // where a sum shows that weights grew: past the first tiles that is rare.
-  template <int kSums>
-  __device__ __forceinline__ void update(const float (&scores)[32], float (&weights)[32],
-                                         float (&sums)[kSums], float scale) {
-    float added[2];
-    weigh(scores, weights, added, scale);
-    if (__any_sync(~0u, added[0] > kMost || added[1] > kMost)) {
-      raise(scores, sums, scale);
-      weigh(scores, weights, added, scale);
-    }
-    total[0] += added[0];
-    total[1] += added[1];
-  }
-
-  __device__ __forceinline__ void weigh(const float (&scores)[32], float (&weights)[32],
-                                        float (&added)[2], float scale) const {
+  // entries = 2^(entries * scale - top), with the old shift. Returns whether a row of the warp has
+  // outgrown it; only then, which past the first tiles is rare, maxima are taken.
+  __device__ __forceinline__ bool weigh(float (&entries)[32], float scale) {
     float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      weights[i] = exp2_fast(fmaf(scores[i], scale, -top[i / 2 % 2]));
-      (i % 2 ? odd : even)[i / 2 % 2] += weights[i];
+      entries[i] = exp2_fast(fmaf(entries[i], scale, -top[i / 2 % 2]));
+      (i % 2 ? odd : even)[i / 2 % 2] += entries[i];
     }
-    added[0] = even[0] + odd[0];
-    added[1] = even[1] + odd[1];
+    const float low = even[0] + odd[0], high = even[1] + odd[1];
+    if (__any_sync(~0u, low > kMost || high > kMost)) {
+      return true;
+    }
+    total[0] += low;
+    total[1] += high;
+    return false;
   }
 
-  // Raises the shifts to the rows' maxima and rescales what was summed before.
+  // Raises the shifts to the rows' maxima, rescales what was summed before, and weighs.
   template <int kSums>
-  __device__ __forceinline__ void raise(const float (&scores)[32], float (&sums)[kSums],
-                                        float scale) {
+  __device__ __forceinline__ void raise(float (&scores)[32], float (&sums)[kSums], float scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = scores[half * 2];
@@ -62,34 +52,75 @@ struct Softmax {
         sums[i * 4 + half * 2] *= shrink;
         sums[i * 4 + half * 2 + 1] *= shrink;
       }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = scores[i * 4 + half * 2 + j];
+          x = exp2_fast(fmaf(x, scale, -new_top));
+          total[half] += x;
+        }
+      }
     }
   }
 };
 
+// A deeper ring than the other kernels': a warpgroup holds up to three stages.
+template <int kHeadDim>
+using ForwardRing = Ring<kHeadDim, 0, kHeadDim == 64 ? 12 : 7>;
+
+// The work of one warpgroup. The scores of the next tile are computed while this tile's weights are
+// taken, and multiplied by the values during the next: the tensor cores have work meanwhile, even
+// where all warpgroups take their exponentials at the same time.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void consume(const HopperProblem& problem, const HopperTensor& q,
                                         const HopperTensor& out, float* lse,
                                         const HopperWork& work,
-                                        const Ring<kHeadDim>& ring) {
+                                        const ForwardRing<kHeadDim>& ring) {
+  // How far ahead of a stage that it holds a warpgroup waits for another; under kStages, or the
+  // producer would wait for it in turn.
+  constexpr uint32_t kReach = ForwardRing<kHeadDim>::kStages - 1;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int warpgroup = warpgroup_index();
   const int row_in_block = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int blocks = (problem.queries + 63) / 64;
   const float scale = problem.scale * 1.4426950408889634f;
-  uint32_t base = 0, seen = Ring<kHeadDim>::kWindow - 1;
-  const int end = __ldg(work.starts + blockIdx.x + 1);
-  for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
-    const Item item = load_item(work.items, index);
-    int own = warpgroup == 0 ? item.own[0] : warpgroup == 1 ? item.own[1] : item.own[2];
-    if (own >= 0) {
-      const Place where =
-          place(item.copy, own, problem.heads, blocks, problem.per_head);
-      own %= blocks;
-      const int row = own * kBlock + row_in_block;
-      uint32_t q_operand[kHeadDim / 16][4];
-      load_operand<T, kHeadDim>(q_operand, head_of<const T>(q, where.batch, where.head),
-                                q.token_stride, row, column, problem.queries);
+  // The blocks of keys of which some may be missing: all, or the last one.
+  const bool padded = problem.key_bits != nullptr;
+  const int partial = problem.keys % 64 ? problem.keys / 64 : -1;
 
+  uint32_t q_operand[kHeadDim / 16][4];
+  const auto load_queries = [&](const OwnItem& item) {
+    const Place where = place(item.copy, item.own, problem.heads, blocks, problem.per_head);
+    load_operand<T, kHeadDim>(q_operand, head_of<const T>(q, where.batch, where.head),
+                              q.token_stride, item.own % blocks * kBlock + row_in_block, column,
+                              problem.queries);
+  };
+
+  uint32_t base = 0, seen = ForwardRing<kHeadDim>::kWindow - 1;
+  int index = __ldg(work.starts + blockIdx.x);
+  const int end = __ldg(work.starts + blockIdx.x + 1);
+  OwnItem item;
+  if (index < end) {
+    item = load_own_item(work.items, index, warpgroup);
+    if (item.own >= 0) {
+      load_queries(item);
+    }
+  }
+  for (; index < end; ++index) {
+    OwnItem next_item;
+    // Before the result is stored, so that its latency and that of the queries are hidden.
+    const auto load_next = [&] {
+      if (index + 1 < end) {
+        next_item = load_own_item(work.items, index + 1, warpgroup);
+        if (next_item.own >= 0) {
+          load_queries(next_item);
+        }
+      }
+    };
+    if (item.own >= 0) {
+      const Place where = place(item.copy, item.own, problem.heads, blocks, problem.per_head);
+      const int row = item.own % blocks * kBlock + row_in_block;
       Softmax softmax;
       float sums[kHeadDim / 2];
 #pragma unroll
@@ -97,48 +128,84 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
         sums[i] = 0.0f;
       }
       int kept = 0;
-      uint32_t held = 0;
-      bool holds = false;
       EntryWalk walk(work.entries + item.first, item.count, warpgroup, lane);
       int position, partner;
-      while (walk.next(position, partner)) {
-        const uint32_t step = base + position;
-        // The stage ahead can be the one that is held: let go before a long wait.
-        if (holds && step - held >= Ring<kHeadDim>::kStages / 2) {
-          wgmma_wait<0>();
-          ring.release(held, lane);
-          holds = false;
-        }
-        const uint64_t bits = key_bits(problem, where.batch, partner);
-        kept += __popcll(bits);
-        float scores[32];
-        ring.wait_full(step, seen);
-        wgmma_fence();
-        multiply_transposed<T, kHeadDim>(scores, q_operand, ring.tile(step, 0));
-        wgmma_commit();
-        wgmma_wait<0>();
-        if (holds) {
-          ring.release(held, lane);
-        }
-        if (bits != ~0ull) {
-          mask_keys(scores, bits, column, -INFINITY);
-        }
-        float weights[32];
-        softmax.update(scores, weights, sums, scale);
+      bool more = walk.next(position, partner);
+      if (more) {
+        uint32_t step = base + position, held = 0, next_step = 0;
+        int block = partner, next_block = 0;
+        // Which keys of a tile exist: mostly all.
+        const auto bits_of = [&](int key_block) {
+          return padded || key_block == partial ? key_bits(problem, where.batch, key_block) : ~0ull;
+        };
+        bool whole = bits_of(block) == ~0ull, next_whole = true;
+        const auto look_up = [&] {
+          more = walk.next(position, partner);
+          next_step = base + position;
+          next_block = partner;
+          next_whole = bits_of(partner) == ~0ull;
+        };
+        const auto advance = [&] {
+          kept += whole ? kBlock : __popcll(bits_of(block));
+          held = step;
+          step = next_step;
+          block = next_block;
+          whole = next_whole;
+        };
+        const auto start_scores = [&](float (&scores)[32], uint32_t tile_step) {
+          wgmma_fence();
+          start_transposed<T, kHeadDim>(scores, q_operand, ring.tile(tile_step, 0));
+          wgmma_commit();
+        };
         uint32_t operand[4][4];
-        to_operand<T>(operand, weights);
-        wgmma_fence();
-        accumulate_product<T, kHeadDim>(sums, operand, ring.tile(step, 1));
-        wgmma_commit();
-        held = step;
-        holds = true;
+        const auto start_sums = [&] {
+          wgmma_fence();
+          accumulate_product<T, kHeadDim>(sums, operand, ring.tile(step, 1));
+          wgmma_commit();
+        };
+        ring.wait_full(step, seen);
+        look_up();
+        float scores[32];
+        while (true) {
+          // Nothing is under way here: the first tile, and those that are not as most are.
+          start_scores(scores, step);
+          wgmma_wait<0>();
+          if (!whole) {
+            mask_keys(scores, bits_of(block), column, -INFINITY);
+          }
+          softmax.raise(scores, sums, scale);
+          to_operand<T>(operand, scores);
+          while (more && next_whole && next_step - step < kReach) {
+            ring.wait_full(next_step, seen);
+            start_scores(scores, next_step);
+            start_sums();
+            advance();
+            look_up();
+            wgmma_wait<1>();
+            if (softmax.weigh(scores, scale)) {
+              // The scores are gone. The other warps may not be here: wgmma would need all four.
+              wgmma_wait<0>();
+              multiply_alone<T, kHeadDim>(scores, q_operand, ring.tile(step, 0), lane);
+              softmax.raise(scores, sums, scale);
+            }
+            wgmma_wait<0>();
+            ring.release(held, lane);
+            to_operand<T>(operand, scores);
+          }
+          start_sums();
+          wgmma_wait<0>();
+          ring.release(step, lane);
+          advance();
+          if (!more) {
+            break;
+          }
+          ring.wait_full(step, seen);
+          look_up();
+        }
       }
-      wgmma_wait<0>();
-      if (holds) {
-        ring.release(held, lane);
-      }
+      load_next();
 
-      const int valid = problem.key_bits ? __ldg(problem.key_counts + where.batch) : problem.keys;
+      const int valid = padded ? __ldg(problem.key_counts + where.batch) : problem.keys;
       const float pruned = problem.pruned_zero ? float(valid - kept) : 0.0f;
       float factor[2];
       float* lse_head =
@@ -160,8 +227,11 @@ __device__ __forceinline__ void consume(const HopperProblem& problem, const Hopp
       }
       store_rows<T, kHeadDim>(sums, head_of<T>(out, where.batch, where.head), out.token_stride, row,
                               column, problem.queries, factor[0], factor[1]);
+    } else {
+      load_next();
     }
     base += item.count;
+    item = next_item;
   }
 }
 
@@ -172,8 +242,8 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
                                       const HopperProblem problem, const HopperTensor q,
                                       const HopperTensor out, float* lse, const HopperWork work) {
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t barriers[Ring<kHeadDim>::kBarrierWords];
-  const Ring<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u,
+  __shared__ uint64_t barriers[ForwardRing<kHeadDim>::kBarrierWords];
+  const ForwardRing<kHeadDim> ring((shared_address(shared) + 1023) & ~1023u,
                                    shared_address(barriers));
   if (threadIdx.x == 0) {
     ring.init();
@@ -208,7 +278,7 @@ int run(const HopperProblem& problem, const HopperTensor& q, const HopperTensor&
     return cudaErrorInvalidValue;
   }
   return launch(block_sparse_attention_fwd_kernel<T, kHeadDim>, work.workgroups,
-                Roles<kHeadDim>::kThreads, Ring<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, q, out, lse,
+                Roles<kHeadDim>::kThreads, ForwardRing<kHeadDim>::kBytes + 1024, stream, k_map, v_map, problem, q, out, lse,
                 work);
 }
 

@@ -37,6 +37,17 @@ __device__ __forceinline__ Item load_item(const int* items, int index) {
   return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}};
 }
 
+// What one warpgroup needs of an item: its block among ``own``.
+struct OwnItem {
+  int first = 0, count = 0, copy = 0, own = -1;
+};
+
+__device__ __forceinline__ OwnItem load_own_item(const int* items, int index, int warpgroup) {
+  const int* source = items + int64_t(index) * kItemInts;
+  const int4 a = __ldg(reinterpret_cast<const int4*>(source));
+  return {a.x, a.y, a.z, __ldg(source + 3 + warpgroup)};
+}
+
 // The index of this thread's warpgroup, in a form that the compiler knows to be uniform in a warp.
 __device__ __forceinline__ int warpgroup_index() {
   return __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -94,12 +105,12 @@ struct EntryWalk {
 };
 
 // The ring of stages: two tiles, then kExtraBytes of row statistics.
-template <int kHeadDim, int kExtraBytes_ = 0>
+template <int kHeadDim, int kExtraBytes_ = 0, int kStages_ = kHeadDim == 64 ? 8 : 4>
 struct Ring {
   static constexpr int kOwners = Roles<kHeadDim>::kOwners;
   static constexpr int kExtraBytes = kExtraBytes_;
   static constexpr int kTileBytes = kBlock * kHeadDim * 2;
-  static constexpr int kStages = kHeadDim == 64 ? 8 : 4;
+  static constexpr int kStages = kStages_;
   static constexpr int kTilesBytes = kStages * 2 * kTileBytes;
   static constexpr int kBytes = kTilesBytes + kStages * kExtraBytes;
 
@@ -229,6 +240,43 @@ __device__ __forceinline__ void multiply_transposed(float (&scores)[32],
   }
 }
 
+// The same, where the scores are new registers.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void start_transposed(float (&scores)[32],
+                                                 const uint32_t (&a)[kHeadDim / 16][4],
+                                                 uint32_t tile) {
+  const uint64_t b = descriptor(tile, 0);
+  wgmma_rs_first<T, 0>(scores, a[0], b);
+#pragma unroll
+  for (int step = 1; step < kHeadDim / 16; ++step) {
+    wgmma_rs<T, 0>(scores, a[step], b + k_offset(step), 1);
+  }
+}
+
+// The same by a warp on its own, for its 16 rows: nothing of the other warps is waited for.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void multiply_alone(float (&scores)[32],
+                                               const uint32_t (&a)[kHeadDim / 16][4],
+                                               uint32_t tile, int lane) {
+  // The swizzle exchanges the 16-byte pieces of a row of 128 bytes by its index modulo 8.
+  const uint32_t row = tile + lane / 4 * 128 + lane % 4 * 4, flip = lane / 4 * 16;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    scores[i] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const uint32_t box = row + step / 4 * kBoxBytes;
+    const uint32_t low = box + (uint32_t(step % 4 * 32) ^ flip);
+    const uint32_t high = box + (uint32_t(step % 4 * 32 + 16) ^ flip);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      warp_mma<T>(scores + i * 4, a[step], load_shared_word(low + i * 1024),
+                  load_shared_word(high + i * 1024));
+    }
+  }
+}
+
 // The same with A (64, head_dim) in shared memory.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void multiply_transposed(float (&scores)[32], uint32_t a,
@@ -311,9 +359,10 @@ __device__ __forceinline__ uint64_t key_bits(const HopperProblem& problem, int b
   return inside >= 64 ? ~0ull : (1ull << inside) - 1;
 }
 
-// Where lse and delta of a block's token lie: a thread's, 2 of every 8 tokens, are contiguous.
+// Where lse and delta of a block's token lie: 2 of 8 tokens and 2 of the next 8 are one thread's 16
+// bytes, and those of the four threads that differ are neighbours: no bank conflicts.
 __device__ __forceinline__ int statistics_index(int token) {
-  return token % 8 / 2 * 16 + token / 8 * 2 + token % 2;
+  return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
 }
 
 __device__ __forceinline__ float quad_max(float x) {
