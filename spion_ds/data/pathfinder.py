@@ -48,7 +48,9 @@ GENERATE = "generate"
 NUM_CLASSES = 2
 VOCAB_SIZE = 256  # grey levels: the token is the pixel
 # Part of the cache's name: raise it when the same configuration gives other images.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
+# Of strokes to discs; more would not fit into the 32 bits that images are painted in.
+MAX_CONTRAST = 100
 # Images of a shard: what one random stream makes, and what an interruption loses at most of a core.
 SHARD_IMAGES = 250
 # Shares of the official images, which come in one piece.
@@ -83,7 +85,9 @@ class PathfinderConfig:
         continuity: how straight snakes go on, from 1 up: a turn of 90°/continuity is the sharpest.
         distractors: short snakes beside the two.
         distractor_length: strokes of one.
-        contrast: brightness of the strokes, above 0 up to 1; discs have 1.
+        contrast: brightness of the two snakes' strokes, above 0; discs have 1, and the brightest
+            pixel of an image becomes 255.
+        distractor_contrast: the same of the short snakes.
     """
 
     source: str = GENERATE
@@ -104,7 +108,8 @@ class PathfinderConfig:
     continuity: float = 1.0
     distractors: int = 5
     distractor_length: int = 4
-    contrast: float = 0.75
+    contrast: float = 1.5
+    distractor_contrast: float = 2.0
 
     task: ClassVar[str] = "pathfinder32"
 
@@ -142,7 +147,11 @@ class PathfinderConfig:
         )
         require(self.marker_radius > 0, "data.marker_radius", self.marker_radius, "above 0")
         require(self.continuity >= 1, "data.continuity", self.continuity, "from 1 up")
-        require(0 < self.contrast <= 1, "data.contrast", self.contrast, "above 0, up to 1")
+        for name in ("contrast", "distractor_contrast"):
+            value = getattr(self, name)
+            require(
+                0 < value <= MAX_CONTRAST, f"data.{name}", value, f"above 0, up to {MAX_CONTRAST}"
+            )
         least = 4 * self.seed_distance + self.paddle_length + 1
         require(
             self.source != GENERATE or self.image_size >= least,
@@ -164,7 +173,8 @@ class PathXConfig(PathfinderConfig):
     marker_radius: float = 3.0
     continuity: float = 1.8
     distractors: int = 8
-    contrast: float = 1.0
+    contrast: float = 0.9
+    distractor_contrast: float = 0.9
 
     task: ClassVar[str] = "pathfinder128"
 
@@ -236,6 +246,8 @@ def draw_shard(config: PathfinderConfig, number: int) -> tuple[np.ndarray, np.nd
         config.distractor_length,
         config.marker_radius,
         config.antialias,
+        config.contrast,
+        config.distractor_contrast,
     )
     pixels = np.empty((SHARD_IMAGES, config.sequence_length), np.uint8)
     labels = np.empty(SHARD_IMAGES, np.uint8)
@@ -267,7 +279,6 @@ def _strokes(config: PathfinderConfig, margin: int) -> Strokes:
         config.paddle_thickness,
         config.antialias,
         config.continuity,
-        config.contrast,
     )
 
 

@@ -31,6 +31,8 @@ PLACES = 64
 LEAST_WEIGHT = int(1e-4 * WEIGHT_ONE * 255)
 # Bytes of a board: small enough for the caches, large enough for NumPy to be busy.
 BOARD_BYTES = 2**23
+# Fixed point of brightness: what a full pixel (255) of contrast 1 has, by 255.
+LIGHT_ONE = 2**16
 # Pairs drawn without one that fits before a configuration counts as impossible.
 BARREN_PAIRS = 2**18
 
@@ -46,6 +48,8 @@ class Scene:
         distractor_length: strokes of one.
         marker_radius: of the discs, in pixels.
         antialias: how much finer a disc is drawn.
+        contrast: brightness of the strokes of the two snakes; discs have 1.
+        distractor_contrast: of the distractors' strokes.
     """
 
     seed_distance: int
@@ -54,6 +58,8 @@ class Scene:
     distractor_length: int
     marker_radius: float
     antialias: int
+    contrast: float
+    distractor_contrast: float
 
 
 @dataclass
@@ -239,12 +245,12 @@ def _finish(
     count, area = len(place), strokes.width**2
     board = _Board(strokes, count)
     base = np.arange(count) * area
-    picture = np.zeros(count * area, np.uint8)
+    picture = np.zeros(count * area, np.int32)
     for snake in range(2):
         for stroke in range(scene.contour_length):
             at = base + place[:, snake, stroke]
             board.add(at, direction[:, snake, stroke])
-            _draw(picture, strokes.light, at, direction[:, snake, stroke])
+            _paint(picture, strokes.light, at, direction[:, snake, stroke], scene.contrast)
     for _ in range(scene.distractors):
         _add_distractors(picture, board, scene, random)
 
@@ -255,7 +261,7 @@ def _finish(
     disc = disc_stamp(scene.marker_radius, scene.antialias, strokes.width)
     marks = np.stack([place[every, start, 0], place[every, end, -1]], axis=1)
     for mark in range(2):
-        _draw(picture, disc, base + marks[:, mark], np.zeros(count, np.int64))
+        _paint(picture, disc, base + marks[:, mark], np.zeros(count, np.int64), 1.0)
     pixels = picture.reshape(count, strokes.width, strokes.width)
     pixels = pixels[:, strokes.pad : -strokes.pad, strokes.pad : -strokes.pad]
     tips = np.stack(np.divmod(place, strokes.width), axis=-1) - strokes.pad
@@ -279,9 +285,8 @@ def _add_distractors(
             alive = snakes.grow(board, alive, random)
         board.add(snakes.place[alive, -1], snakes.direction[alive, -1])
         for stroke in range(scene.distractor_length):
-            _draw(
-                picture, strokes.light, snakes.place[alive, stroke], snakes.direction[alive, stroke]
-            )
+            at, heading = snakes.place[alive, stroke], snakes.direction[alive, stroke]
+            _paint(picture, strokes.light, at, heading, scene.distractor_contrast)
         failed = np.setdiff1d(np.arange(len(rows)), alive)
         board.maps[rows[failed]] = saved[failed]
         waiting = np.setdiff1d(waiting, rows[alive])
@@ -317,6 +322,14 @@ def _draw(maps: np.ndarray, stamp: Stamp, places: np.ndarray, directions: np.nda
     """Brighten the flat ``maps`` by one stamp each: the maximum of both."""
     pixels = stamp.offsets[directions] + places[:, None]
     maps[pixels] = np.maximum(maps.take(pixels), stamp.values[directions])
+
+
+def _paint(
+    picture: np.ndarray, stamp: Stamp, places: np.ndarray, directions: np.ndarray, contrast: float
+) -> None:
+    """Do the same with the int32 ``picture``, in units of LIGHT_ONE."""
+    values = stamp.values.astype(np.int32) * round(contrast * LIGHT_ONE)
+    _draw(picture, Stamp(stamp.offsets, values), places, directions)
 
 
 def _stretch(pixels: np.ndarray) -> np.ndarray:

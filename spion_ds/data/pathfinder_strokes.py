@@ -43,7 +43,7 @@ class Strokes:
         size: pixels on a side of the image.
         pad: pixels around it in a padded map.
         ring: width of the image's edge that no stroke may touch.
-        light: what a stroke adds to the picture.
+        light: what a stroke adds to the picture, at a contrast of 1.
         mask: what it occupies, the stroke grown by the margin.
         core: the part of the mask that can clash with another.
         head: (360, 2) int64 rows and columns from a first stroke's tip to its other end.
@@ -87,7 +87,6 @@ def make_strokes(
     thickness: float,
     antialias: int,
     continuity: float,
-    contrast: float,
 ) -> Strokes:
     """Return the tables of strokes ``length`` pixels long and ``thickness`` wide.
 
@@ -108,8 +107,6 @@ def make_strokes(
     disc = _disc(margin * antialias)
     light = np.stack([_shrink(line, 2 * reach + 1) for line in lines])
     mask = np.stack([_shrink(_dilate(line, disc), 2 * reach + 1) for line in lines])
-    # Truncated, not rounded: the filter's faintest ripples are no light.
-    dim = np.floor(light * contrast).astype(np.uint8)
 
     clearance = np.argwhere(_disc(margin)) - margin
     head = _rounded_up(degrees, length)
@@ -119,7 +116,7 @@ def make_strokes(
         size=size,
         pad=pad,
         ring=ring,
-        light=_stamp(dim, width),
+        light=_stamp(light, width),
         mask=_stamp(mask, width),
         core=_stamp(np.where(mask.astype(np.int64) + 255 >= CLASH, mask, 0), width),
         head=head,

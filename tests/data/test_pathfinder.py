@@ -38,16 +38,16 @@ TINY = PathfinderConfig(
     distractors=1,
     distractor_length=2,
 )
-SCENE_32 = Scene(7, 14, 5, 4, 1.5, 2)
-SCENE_128 = Scene(20, 14, 8, 4, 3.0, 2)
+SCENE_32 = Scene(7, 14, 5, 4, 1.5, 2, 1.5, 2.0)
+SCENE_128 = Scene(20, 14, 8, 4, 3.0, 2, 0.9, 0.9)
 
 
 def strokes_32() -> Strokes:
-    return make_strokes(32, 1, 1, 2, 0.5, 2, 1.0, 0.75)
+    return make_strokes(32, 1, 1, 2, 0.5, 2, 1.0)
 
 
 def strokes_128() -> Strokes:
-    return make_strokes(128, 1, 2, 5, 1.5, 2, 1.8, 1.0)
+    return make_strokes(128, 1, 2, 5, 1.5, 2, 1.8)
 
 
 def random() -> np.random.BitGenerator:
@@ -115,7 +115,7 @@ def replace_scene(**changes: int) -> Scene:
 
 @pytest.mark.parametrize("continuity", [1.0, 1.8])
 def test_steps_are_weighted_by_the_squared_cosine_of_the_turn(continuity: float) -> None:
-    strokes = make_strokes(64, 1, 2, 5, 1.5, 2, continuity, 1.0)
+    strokes = make_strokes(64, 1, 2, 5, 1.5, 2, continuity)
     for direction in (0, 90, 233):
         heading = math.radians(direction - 180)
         for tip, turn, weight in zip(
