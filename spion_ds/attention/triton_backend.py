@@ -207,7 +207,7 @@ def _real_keys(padding: Tensor | None, block: int) -> tuple[Tensor | None, Tenso
 def _shape_constants(q: Tensor, k: Tensor, pointers: Tensor) -> tuple[int, int, str, int, bool]:
     """Return HEAD_DIM, D, PRECISION, GROUP and PER_HEAD."""
     head_dim, heads = q.shape[3], q.shape[1]
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, 1 << (head_dim - 1).bit_length())  # the next power of 2
     return head_dim, padded, "ieee", heads // k.shape[1], pointers.shape[0] > 1
 
 
@@ -252,8 +252,9 @@ def _launch(
         threshold, scale = keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     if padding is not None:
         padding = padding.view(torch.uint8)
+    views = [(x, *x.stride()[:3]) for x in strided]
     arguments = (
-        *[(x, *x.stride()[:3]) for x in strided],
+        *views,
         *data,
         *(padding, dropout_key, threshold, scale),
         *numbers,
@@ -261,7 +262,10 @@ def _launch(
     )
     present = (padding is None, dropout_key is None, *[x is None for x in data])
     key = (strided[0].dtype, present, constants, tiles)
-    usual = all(_is_aligned(x) for x in strided)
+    usual = all(
+        x.data_ptr() % 16 == 0 and (batch | head | token) % 16 == 0 and batch < 2**31
+        for x, batch, head, token in views
+    )
     _start(kernel, key, programs, arguments, _options(tiles), strided[0], usual)
 
 
@@ -300,11 +304,6 @@ def _options(tiles: Tiles) -> dict[str, int]:
     """Return Triton's launch options."""
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return options if tiles.max_registers is None else {**options, "maxnreg": tiles.max_registers}
-
-
-def _is_aligned(x: Tensor) -> bool:
-    batch, head, token, _ = x.stride()
-    return x.data_ptr() % 16 == 0 and (batch | head | token) % 16 == 0 and batch < 2**31
 
 
 def _unit_stride(x: Tensor) -> Tensor:
