@@ -280,7 +280,7 @@ def _backends(report: Report, operators: bool) -> None:
     report.add(section, "cuda", found)
     if _has_hopper() and _is_there(compiling.HOPPER):
         found = (
-            "hopper before it: bf16, fp16, blocks of 64 and 128, head_dim 128, and 64 from 8192 "
+            "hopper before it: bf16, fp16, blocks of 64 and 128, head_dim 128, and 64 from 4096 "
             "tokens on; without padding mask, causal mask and dropout"
         )
         report.add(section, "", found)

@@ -27,7 +27,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _BLOCKS = (64, 128)
 # From how many queries on they are faster at head_dim 64.
-_LONG = 8192
+_LONG = 4096
 
 
 def block_sparse_attention_hopper(
@@ -80,19 +80,21 @@ def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> st
 def is_faster(q: Tensor, options: AttentionOptions) -> bool:
     """Return whether ``backend="auto"`` prefers these kernels to Triton's where both serve.
 
-    The rule: no padding mask, and head_dim 128, or head_dim 64 and at least 8192 queries.
+    The rule: no padding mask, and head_dim 128, or head_dim 64 and at least 4096 queries.
     """
     # Triton's kernels leave padding out, these compute it, and how much there is only the GPU
     # knows.
     if options.key_padding_mask is not None:
         return False
     # Forward + backward on an H100 over dense cuDNN, theirs : Triton's, at densities .25, .10, .05
-    # (docs/kernels_hopper.md : benchmarks/results/2026-11-24-h100.md, two runs):
-    #   2,8,16384,128, block 64    .316 : .386    .141 : .172    .086 : .098
-    #   2,8,16384,128, block 128   .308 : .381    .137 : .179    .077 : .096
-    #   2,8,16384,64,  block 64    .297 : .329    .139 : .142    .076 : .080
-    #   2,8,16384,64,  block 128   .294 : .334    .130 : .145    .071 : .082
-    #   8,8,4096,64,   block 64    .333 : .353    .177 : .190    .144 : .133
+    # (benchmarks/results, 2026-11-26-h100.md : 2026-11-24-h100.md; at 4096 both of the former):
+    #   2,8,16384,128, block 64    .339 : .386    .153 : .172    .086 : .098
+    #   2,8,16384,128, block 128   .320 : .381    .140 : .179    .081 : .096
+    #   2,8,16384,64,  block 64    .322 : .329    .137 : .142    .075 : .080
+    #   2,8,16384,64,  block 128   .304 : .334    .127 : .145    .070 : .082
+    #   8,8,4096,64,   block 64    .322 : .347    .174 : .184    .132 : .127
+    #   8,8,4096,64,   block 128   .311 : .357    .173 : .186    .129 : .130
+    # At 4096 an eager step costs the host less, too.
     return q.shape[3] == 128 or q.shape[2] >= _LONG
 
 

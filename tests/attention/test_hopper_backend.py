@@ -357,9 +357,9 @@ def auto_of(head_dim: int = 128, length: int = 1024, block: int = 64, **options:
     [
         ({}, True),
         ({"block": 128}, True),
-        ({"head_dim": 64, "length": 8192}, True),
-        ({"head_dim": 64, "length": 4096}, False),
-        ({"head_dim": 32, "length": 8192}, False),
+        ({"head_dim": 64, "length": 4096}, True),
+        ({"head_dim": 64, "length": 2048}, False),
+        ({"head_dim": 32, "length": 4096}, False),
         ({"block": 32}, False),
         ({"causal": True}, False),
         ({"dropout_p": 0.1}, False),
