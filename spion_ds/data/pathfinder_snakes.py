@@ -203,12 +203,17 @@ def _seed_pairs(
     strokes: Strokes, scene: Scene, maps: int, random: np.random.BitGenerator
 ) -> tuple[np.ndarray, list[_Snakes]]:
     """Draw the first strokes of pairs; return those inside the image and all snakes."""
-    # The first snake starts in the middle, so that the second has room around it.
+    # The first snake starts in the middle, so that the second has room around it: any direction,
+    # then any place that its stroke allows.
     low, side = 2 * scene.seed_distance, strokes.size - 4 * scene.seed_distance
-    tip = np.stack([low + _below(side, random, maps), low + _below(side, random, maps)], axis=1)
     first = _below(FIRST_DIRECTIONS, random, maps)
+    start = low - strokes.room.min(axis=1)[first]  # (M, 2)
+    places = low + side - strokes.room.max(axis=1)[first] - start
+    fits = strokes.starts[first] & (places > 0).all(axis=1)
+    places = np.maximum(places, 1).ravel()
+    tip = start + _below(places, random).reshape(maps, 2)
     head = tip + strokes.head[first]
-    fits = ((head >= low) & (head < low + side)).all(axis=1)
+    fits &= ((head >= 0) & (head < strokes.size)).all(axis=1)
 
     bearing = np.deg2rad(_below(FIRST_DIRECTIONS, random, maps))
     shift = scene.seed_distance * np.stack([np.sin(bearing), np.cos(bearing)], axis=1)
@@ -249,7 +254,9 @@ def _finish(
     for snake in range(2):
         for stroke in range(scene.contour_length):
             at = base + place[:, snake, stroke]
-            board.add(at, direction[:, snake, stroke])
+            # As published: the last stroke of the first snake keeps no distance.
+            if (snake, stroke) != (0, scene.contour_length - 1):
+                board.add(at, direction[:, snake, stroke])
             _paint(picture, strokes.light, at, direction[:, snake, stroke], scene.contrast)
     for _ in range(scene.distractors):
         _add_distractors(picture, board, scene, random)
@@ -307,12 +314,17 @@ def _free_places(
     row = _below(strokes.size, random, len(rows) * PLACES).reshape(shape)
     column = _below(strokes.size, random, len(rows) * PLACES).reshape(shape)
     place = strokes.flat(row, column) + (rows * board.area)[:, None]  # (N, places)
-    core = strokes.core.offsets[direction]
-    # The centre first: most places are taken there already.
-    left, which = np.nonzero(board.occupied.take(place) <= OCCUPIED)
-    taken = board.occupied.take(core[left] + place[left, which][:, None])
+    room = strokes.room[direction] @ np.array([strokes.width, 1])
+    # One pixel first: most places are taken there already.
+    left, which = np.nonzero(board.occupied.take(place + room[:, :1]) <= OCCUPIED)
+    taken = board.occupied.take(room[left] + place[left, which][:, None])
     fits = np.zeros(shape, bool)
-    fits[left, which] = taken.max(axis=1, initial=0) <= OCCUPIED
+    fits[left, which] = taken.max(axis=1) <= OCCUPIED
+    fits &= strokes.starts[direction][:, None]
+    head_row = row + strokes.head[direction][:, :1]
+    head_column = column + strokes.head[direction][:, 1:]
+    fits &= (head_row >= 0) & (head_row < strokes.size)
+    fits &= (head_column >= 0) & (head_column < strokes.size)
     chosen = fits.argmax(axis=1)
     some = np.flatnonzero(fits.any(axis=1))
     return rows[some], place[some, chosen[some]], direction[some]

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 FIRST_DIRECTIONS = 360
 # Fixed point of step weights: 1.0 is this much.
@@ -47,6 +48,8 @@ class Strokes:
         mask: what it occupies, the stroke grown by the margin.
         core: the part of the mask that can clash with another.
         head: (360, 2) int64 rows and columns from a first stroke's tip to its other end.
+        room: (360, P, 2) int64 rows and columns, from its tip, of pixels that must be free for it.
+        starts: (360,) bool, the directions that a first stroke may have.
         behind: (360,) int64 offset from a first stroke's tip to its pivot, a margin behind it.
         advance: (D,) int64 offset from a pivot to the next.
         tips: (D, C) int64 offset from a pivot to the tips that can follow a stroke.
@@ -62,6 +65,8 @@ class Strokes:
     mask: Stamp
     core: Stamp
     head: np.ndarray
+    room: np.ndarray
+    starts: np.ndarray
     behind: np.ndarray
     advance: np.ndarray
     tips: np.ndarray
@@ -110,6 +115,7 @@ def make_strokes(
 
     clearance = np.argwhere(_disc(margin)) - margin
     head = _rounded_up(degrees, length)
+    room = _room(mask[:FIRST_DIRECTIONS], length + margin)
     behind = head + _rounded_up(degrees + np.pi, length + margin)
     choice, weights = _choices(heading, turns, continuity)
     return Strokes(
@@ -120,6 +126,8 @@ def make_strokes(
         mask=_stamp(mask, width),
         core=_stamp(np.where(mask.astype(np.int64) + 255 >= CLASH, mask, 0), width),
         head=head,
+        room=room,
+        starts=_starts(room),
         behind=_offset(behind, width),
         advance=_offset(_rounded_up(heading, length + 2 * margin), width),
         tips=_offset(steps, width)[choice],
@@ -131,12 +139,36 @@ def make_strokes(
 
 def disc_stamp(radius: float, antialias: int, width: int) -> Stamp:
     """Return the stamp of a full disc (one direction) in padded maps ``width`` pixels wide."""
-    reach = math.ceil(radius) + 1
-    y, x = np.ogrid[
-        -reach * antialias : reach * antialias + 1, -reach * antialias : reach * antialias + 1
-    ]
-    dot = np.where(x**2 + y**2 <= (radius * antialias) ** 2, 255, 0)
+    # Beyond the disc there is room for the filter's ripples.
+    reach = math.ceil(radius) + 4
+    side = np.arange((2 * reach + 1) * antialias) - reach * antialias
+    inside = side[:, None] ** 2 + side[None, :] ** 2 <= (radius * antialias) ** 2
+    dot = np.where(inside, 255, 0).astype(np.uint8)
     return _stamp(_shrink(dot, 2 * reach + 1)[None], width)
+
+
+def _room(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Return (D, P, 2) pixels that must be free for strokes with (D, side, side) masks.
+
+    Those that a mask takes whole, no further than ``reach``, and, as in the public generator, all a
+    pixel further down and to the right.
+    """
+    centre = mask.shape[1] // 2 - 1
+    found = [np.argwhere(picture == 255) - centre for picture in mask]
+    found = [pixels[(np.abs(pixels) <= reach).all(axis=1)] for pixels in found]
+    size = max(len(pixels) for pixels in found)
+    return np.stack([np.resize(pixels, (size, 2)) for pixels in found])
+
+
+def _starts(room: np.ndarray) -> np.ndarray:
+    """Return (D,) bool, whether a first stroke's room reaches into all four quadrants.
+
+    The public generator gives up other directions: at a corner of the image it asks pixels of which
+    all are outside.
+    """
+    signs = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
+    # (D, quadrants, P, 2)
+    return (room[:, None] * signs[:, None] >= 0).all(axis=3).any(axis=2).all(axis=1)
 
 
 def _choices(
@@ -154,32 +186,18 @@ def _choices(
 
 def _line(angle: float, length: int, thickness: float, reach: int, antialias: int) -> np.ndarray:
     """Return a line from the centre outwards, 0 or 255, ``antialias`` times too large."""
-    side = np.arange(2 * reach * antialias + 1) - reach * antialias
-    y, x = side[:, None], side[None, :]
-    along = y * math.sin(angle) + x * math.cos(angle)
-    aside = np.abs(x * math.sin(angle) - y * math.cos(angle))
-    # Rounded, so that pixels exactly on the edge do not depend on the last bit of a sine.
-    inside = np.round(aside, 6) <= thickness * antialias / 2
-    # Flat ends, half a pixel beyond the end points.
-    inside &= np.round(np.abs(along - length * antialias / 2), 6) <= length * antialias / 2 + 0.5
-    return np.where(inside, 255, 0).astype(np.uint8)
+    centre = reach * antialias
+    row, column = centre + _rounded_up(np.array([angle]), length * antialias)[0]
+    picture = Image.new("L", (2 * centre + 1, 2 * centre + 1))
+    ends = [(centre, centre), (int(column), int(row))]
+    ImageDraw.Draw(picture).line(ends, fill=255, width=round(thickness * antialias))
+    return np.asarray(picture)
 
 
 def _shrink(picture: np.ndarray, side: int) -> np.ndarray:
     """Return (side, side) uint8, scaled down with a Lanczos filter of three lobes."""
-    scale = picture.shape[0] / side
-    centres = (np.arange(side)[:, None] + 0.5) * scale
-    distance = (np.arange(picture.shape[0])[None, :] + 0.5 - centres) / scale
-    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
-    weights /= weights.sum(axis=1, keepdims=True)
-    # One axis after the other, in 8 bits each, as imaging libraries do: where two negative lobes
-    # cross there is no light.
-    across = _to_bytes(picture.astype(np.float64) @ weights.T)
-    return _to_bytes(weights @ across).astype(np.uint8)
-
-
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.round(np.round(values, 6)), 0, 255)
+    shrunk = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(shrunk)
 
 
 def _disc(radius: int) -> np.ndarray:
