@@ -252,9 +252,9 @@ def _launch(
         threshold, scale = keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     if padding is not None:
         padding = padding.view(torch.uint8)
-    views = [(x, *x.stride()[:3]) for x in strided]
+    strides = [x.stride() for x in strided]
     arguments = (
-        *views,
+        *[(x, *stride[:3]) for x, stride in zip(strided, strides, strict=True)],
         *data,
         *(padding, dropout_key, threshold, scale),
         *numbers,
@@ -264,7 +264,7 @@ def _launch(
     key = (strided[0].dtype, present, constants, tiles)
     usual = all(
         x.data_ptr() % 16 == 0 and (batch | head | token) % 16 == 0 and batch < 2**31
-        for x, batch, head, token in views
+        for x, (batch, head, token, _) in zip(strided, strides, strict=True)
     )
     _start(kernel, key, programs, arguments, _options(tiles), strided[0], usual)
 
