@@ -41,7 +41,7 @@ from spion_ds.data.pathfinder_snakes import Scene, draw_images
 from spion_ds.data.pathfinder_strokes import Strokes, make_strokes
 from spion_ds.data.processes import map_in_processes
 from spion_ds.data.skyformer import Pickles
-from spion_ds.errors import DataError
+from spion_ds.errors import ConfigError, DataError
 from spion_ds.settings import require
 
 GENERATE = "generate"
@@ -271,7 +271,7 @@ def _contour_length(config: PathfinderConfig, number: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _strokes(config: PathfinderConfig, margin: int) -> Strokes:
-    return make_strokes(
+    strokes = make_strokes(
         config.image_size,
         config.padding,
         config.margins[margin],
@@ -280,9 +280,18 @@ def _strokes(config: PathfinderConfig, margin: int) -> Strokes:
         config.antialias,
         config.continuity,
     )
+    if not strokes.starts.any():
+        raise ConfigError(
+            f"no snake can start with strokes of data.paddle_length {config.paddle_length} and "
+            f"data.paddle_thickness {config.paddle_thickness} at margin {config.margins[margin]}; "
+            "allowed: longer or thicker ones, or data.margins from 2 up"
+        )
+    return strokes
 
 
 def _generate(config: PathfinderConfig, folder: Path, shards: Path) -> None:
+    for index in range(len(config.margins)):
+        _strokes(config, index)  # what they refuse is said before work starts
     shards.mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(config, name) for name in SPLITS}
     splits = {

@@ -282,6 +282,21 @@ def test_an_interruption_ends_all_processes_and_a_second_run_goes_on(
     assert not shards.exists()
 
 
+def test_strokes_that_can_start_no_snake_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.paddle_length 1 and .* 0\.5 at margin 1; allowed"
+    ):
+        prepare(replace(TINY, paddle_length=1), tmp_path)
+    assert not list(tmp_path.glob("*.shards"))
+
+
+def test_first_strokes_leave_room_in_every_quadrant() -> None:
+    degrees = np.flatnonzero(strokes_32().starts) - 180
+    # A rerun of the public generator finds places for -150 to -121 degrees of all 360; at -120 the
+    # last bit of a sine decides, which is rounded here.
+    assert degrees.tolist() == list(range(-150, -119))
+
+
 def test_snakes_that_never_fit_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pathfinder_snakes, "BARREN_PAIRS", 4000)
     with pytest.raises(ConfigError, match=r"contour_length 40 do not fit"):
