@@ -79,9 +79,10 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 # A program without a main module that could be imported, and with endless work.
 PROGRAM = """
-import os
+import os, signal
 from contextlib import closing
 from spion_ds.data.processes import map_in_processes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 os.sched_getaffinity = lambda pid: {0, 1}
 pause = "__import__('signal').pause()"
 with closing(map_in_processes(eval, ["'first'", pause, pause])) as results:
