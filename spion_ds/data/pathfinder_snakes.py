@@ -213,14 +213,14 @@ def _seed_pairs(
     places = np.maximum(places, 1).ravel()
     tip = start + _below(places, random).reshape(maps, 2)
     head = tip + strokes.head[first]
-    fits &= ((head >= 0) & (head < strokes.size)).all(axis=1)
+    fits &= strokes.inside(head)
 
     bearing = np.deg2rad(_below(FIRST_DIRECTIONS, random, maps))
     shift = scene.seed_distance * np.stack([np.sin(bearing), np.cos(bearing)], axis=1)
     other = tip + np.round(np.round(shift, 9)).astype(np.int64)
     second = _below(FIRST_DIRECTIONS, random, maps)
     other_head = other + strokes.head[second]
-    fits &= ((other_head >= 0) & (other_head < strokes.size)).all(axis=1)
+    fits &= strokes.inside(other_head)
 
     base = np.arange(maps) * strokes.width**2
     snakes = []
@@ -313,18 +313,17 @@ def _free_places(
     direction = _below(FIRST_DIRECTIONS, random, len(rows))
     row = _below(strokes.size, random, len(rows) * PLACES).reshape(shape)
     column = _below(strokes.size, random, len(rows) * PLACES).reshape(shape)
-    place = strokes.flat(row, column) + (rows * board.area)[:, None]  # (N, places)
+    starts = strokes.starts[direction]
+    rows, direction = rows[starts], direction[starts]
+    tip = np.stack([row[starts], column[starts]], axis=-1)  # (N, places, 2)
+    place = strokes.flat(tip[..., 0], tip[..., 1]) + (rows * board.area)[:, None]
     room = strokes.room[direction] @ np.array([strokes.width, 1])
     # One pixel first: most places are taken there already.
     left, which = np.nonzero(board.occupied.take(place + room[:, :1]) <= OCCUPIED)
     taken = board.occupied.take(room[left] + place[left, which][:, None])
-    fits = np.zeros(shape, bool)
+    fits = np.zeros(place.shape, bool)
     fits[left, which] = taken.max(axis=1) <= OCCUPIED
-    fits &= strokes.starts[direction][:, None]
-    head_row = row + strokes.head[direction][:, :1]
-    head_column = column + strokes.head[direction][:, 1:]
-    fits &= (head_row >= 0) & (head_row < strokes.size)
-    fits &= (head_column >= 0) & (head_column < strokes.size)
+    fits &= strokes.inside(tip + strokes.head[direction][:, None])
     chosen = fits.argmax(axis=1)
     some = np.flatnonzero(fits.any(axis=1))
     return rows[some], place[some, chosen[some]], direction[some]

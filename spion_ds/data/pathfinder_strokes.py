@@ -83,6 +83,11 @@ class Strokes:
         """Return the index in a padded flat map of an image's pixel."""
         return (row + self.pad) * self.width + column + self.pad
 
+    def inside(self, points: np.ndarray) -> np.ndarray:
+        """Return (…) bool, whether (…, 2) rows and columns are in the image."""
+        inside = (points >= 0) & (points < self.size)
+        return inside[..., 0] & inside[..., 1]
+
 
 def make_strokes(
     size: int,
@@ -151,11 +156,12 @@ def _room(mask: np.ndarray, reach: int) -> np.ndarray:
     """Return (D, P, 2) pixels that must be free for strokes with (D, side, side) masks.
 
     Those that a mask takes whole, no further than ``reach``, and, as in the public generator, all a
-    pixel further down and to the right.
+    pixel further down and to the right; one far up and left where a mask takes none whole.
     """
     centre = mask.shape[1] // 2 - 1
     found = [np.argwhere(picture == 255) - centre for picture in mask]
     found = [pixels[(np.abs(pixels) <= reach).all(axis=1)] for pixels in found]
+    found = [pixels if len(pixels) else np.full((1, 2), -reach) for pixels in found]
     size = max(len(pixels) for pixels in found)
     return np.stack([np.resize(pixels, (size, 2)) for pixels in found])
 

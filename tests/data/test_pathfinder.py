@@ -104,11 +104,10 @@ def test_distractors_are_as_many_and_as_bright_as_in_the_public_generator() -> N
     strokes, images = strokes_32(), {}
     for contrast in (1.5, 2.0, 4.0):
         scene = replace(SCENE_32, distractor_contrast=contrast)
-        images[contrast] = draw_images(strokes, scene, 600, random()).pixels.astype(int)
+        images[contrast] = draw_images(strokes, scene, 600, random()).pixels
     none = draw_images(strokes, replace(SCENE_32, distractors=0), 600, random()).pixels
     # The contrast changes nothing but their light, relative to the brightest pixel.
-    brighter = [x.max(axis=(1, 2)) * 1.0 for x in images.values()]
-    assert (np.array(brighter) == 255).all()
+    assert all((pixels.max(axis=(1, 2)) == 255).all() for pixels in images.values())
     assert images[4.0].mean() < images[2.0].mean() < none.mean() + 10
     # 27 % of its images have no distractor (1000 images of a private rerun); five standard
     # deviations of 600 are 9 points.
