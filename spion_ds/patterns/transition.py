@@ -28,6 +28,7 @@ class TransitionReport:
         distances: for each layer ‖A_before − A_now‖ (Frobenius), None where there is none yet.
         changes: for each layer the relative change of the distance, None where there is none yet.
         fire: whether all layers switch to sparse attention now.
+        held: whether they would, had the caller not held the rule back.
         skewness: for each layer the skewness of its map; empty where the rule looks at none.
     """
 
@@ -36,6 +37,7 @@ class TransitionReport:
     changes: list[float | None]
     fire: bool
     skewness: list[float] = field(default_factory=list)
+    held: bool = False
 
 
 class DistanceRule:
@@ -61,12 +63,13 @@ class DistanceRule:
         self._before: list[Tensor] = []
         self._distances: list[float] = []
 
-    def update(self, maps: list[Tensor]) -> TransitionReport:
+    def update(self, maps: list[Tensor], *, hold: bool = False) -> TransitionReport:
         """Take the maps of one check and say whether to switch.
 
         Args:
             maps: one floating tensor a layer, token-level (L, L) or pooled (n, n); the same
                 number and shapes at every check. They are copied, in their dtype and device.
+            hold: do not fire: a check that would counts as one that does not.
 
         Returns:
             The report of this check. Distances are float64 sums in a fixed order: the same bits
@@ -86,11 +89,12 @@ class DistanceRule:
         changes: list[float | None] = [None] * len(maps)
         if check > 2:
             changes = [_change(*pair) for pair in zip(distances, self._distances, strict=True)]
-        fire = all(self._is_small(change) for change in changes)
+        steady = all(self._is_small(change) for change in changes)
+        fire = steady and not hold
         if check > 2 and not fire:
             self._before = [a.detach().clone() for a in maps]
         self._check, self._distances = check, distances
-        return TransitionReport(check, list(distances), changes, fire)
+        return TransitionReport(check, list(distances), changes, fire, held=steady and hold)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's memory: an int, CPU tensors in the maps' dtype, and floats."""
@@ -147,7 +151,7 @@ class SkewnessRule:
         self._distances: list[float] = []
 
     def update(
-        self, maps: list[Tensor], skewness: Sequence[float] | None = None
+        self, maps: list[Tensor], skewness: Sequence[float] | None = None, *, hold: bool = False
     ) -> TransitionReport:
         """Take the maps of one check and say whether to switch; see :class:`DistanceRule`.
 
@@ -155,6 +159,7 @@ class SkewnessRule:
             maps: one a layer, whose distances are taken.
             skewness: of each layer's token-level map, where ``maps`` are pooled; None computes it
                 from ``maps``.
+            hold: do not fire.
         """
         _check_maps(maps, self._before)
         check = self._check + 1
@@ -166,14 +171,19 @@ class SkewnessRule:
             abs(now - before) / before if before > 0.0 else math.inf
             for now, before in zip(distances, self._distances, strict=False)
         ]
-        fire = check > 2 and all(
+        steady = check > 2 and all(
             100.0 * change < self.max_change_percent and skew >= self.min_skewness
             for change, skew in zip(changes, skewness, strict=True)
         )
         self._check, self._distances = check, distances
         self._before = [a.detach().clone() for a in maps]
         return TransitionReport(
-            check, [*distances] or nothing, [*changes] or [*nothing], fire, skewness
+            check,
+            [*distances] or nothing,
+            [*changes] or [*nothing],
+            steady and not hold,
+            skewness,
+            held=steady and hold,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class TransitionConfig:
         threshold_percent: the distance's change below which the distance rule fires.
         min_skewness: of every layer's map for the skewness rule to fire.
         max_change_percent: the distance's change below which the skewness rule fires.
+        min_gain_percent: points of validation accuracy above the majority class's that a model must
+            have had before a rule that looks at maps may fire. On a plateau, where nothing is
+            learned, maps are steady too, and their patterns worth nothing. 0: at once, as
+            published.
         switch_step: dense steps under the fixed rule.
         max_dense_steps: dense steps after which the switch is forced; null waits for the rule.
     """
@@ -63,6 +67,7 @@ class TransitionConfig:
     threshold_percent: int = 15
     min_skewness: float = 1.7
     max_change_percent: float = 1.3
+    min_gain_percent: float = 0.0
     switch_step: int | None = None
     max_dense_steps: int | None = None
 
@@ -82,6 +87,8 @@ class TransitionConfig:
         )
         change = self.max_change_percent
         require(change > 0.0, f"{at}max_change_percent", change, "above 0, e.g. 1.3")
+        gain = self.min_gain_percent
+        require(0.0 <= gain < 100.0, f"{at}min_gain_percent", gain, "0 up to, not including, 100")
         within = f"1 to {steps - 1} (fewer than training.steps), or null"
         for name in ("switch_step", "max_dense_steps"):
             value = getattr(self, name)
@@ -109,6 +116,16 @@ class TransitionConfig:
     def is_forced(self, step: int) -> bool:
         """Return whether the switch comes after this step whatever the rule says."""
         return self.max_dense_steps is not None and step >= self.max_dense_steps
+
+    def holds(self, accuracy: float, majority: float) -> bool:
+        """Return whether a rule that looks at maps has to wait for the model to learn.
+
+        Args:
+            accuracy: best one of the validation split so far, in [0, 1]; below 0 for none yet.
+            majority: that of always naming the most frequent class.
+        """
+        waits = self.rule != "fixed" and self.min_gain_percent > 0.0
+        return waits and 100.0 * (accuracy - majority) < self.min_gain_percent
 
 
 @dataclass(frozen=True)

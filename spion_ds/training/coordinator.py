@@ -77,6 +77,7 @@ class Coordinator:
         observed: Sequence[AttentionMapAccumulator | PooledMapAccumulator],
         *,
         force: bool,
+        hold: bool = False,
         weights: Sequence[Tensor] | None = None,
     ) -> Decision:
         """Return the decision; call it on every rank in the same step.
@@ -86,6 +87,7 @@ class Coordinator:
                 token-level, or all pooled as the layer's pattern needs it; these keep their
                 batches if the rule is the skewness rule.
             force: switch even if the rule does not fire.
+            hold: keep a rule that looks at maps from firing.
             weights: SAT's W of each layer, which then gives the pattern in the pooled map's place.
 
         Raises:
@@ -95,6 +97,8 @@ class Coordinator:
         update: Callable[..., TransitionReport] = self.rule.update
         if isinstance(self.rule, SkewnessRule):
             update = functools.partial(update, skewness=_token_skewness(observed))
+        if hold:
+            update = functools.partial(update, hold=True)
         report, masks, failure = None, None, ""
         pooled: list[Tensor] | None = None
         if dist.get_rank() == 0:

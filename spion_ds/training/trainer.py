@@ -16,6 +16,7 @@ from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
 from spion_ds.data import Dataset
+from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.listops_levels import subexpression_values
 from spion_ds.errors import SpionError
 from spion_ds.models import set_masks
@@ -116,6 +117,8 @@ class Trainer:
 
         self.state = TrainingState(seed=config.training.seed)
         self.rule = config.transition.build()
+        self._majority = majority_baseline(dataset.train, dataset.validation)
+        self._told_held = False
         sparsity = [attention.sparsity_config for attention in self.model.attentions]
         if resume is not None:
             self._resume(resume)
@@ -342,10 +345,12 @@ class Trainer:
 
     def _check(self, observed: list[AttentionMapAccumulator | PooledMapAccumulator]) -> None:
         state, started = self.state, time.perf_counter()
-        force = self.config.transition.is_forced(state.step)
+        transition = self.config.transition
+        force = transition.is_forced(state.step)
+        hold = transition.holds(state.best_accuracy, self._majority)
         try:
             decision = self.coordinator.check(
-                observed, force=force, weights=self._pattern_weights()
+                observed, force=force, hold=hold, weights=self._pattern_weights()
             )
         except CoordinationError as error:
             if isinstance(error, PatternError) and self.config.training.on_nonfinite == "skip":
@@ -362,6 +367,13 @@ class Trainer:
                 **({"skewness": decision.report.skewness} if decision.report.skewness else {}),
                 seconds=time.perf_counter() - started,
             )
+            if decision.report.held and not force and not self._told_held:
+                self._told_held = True
+                self.log.say(
+                    f"step {state.step}: the maps are steady, but no validation accuracy was "
+                    f"{transition.min_gain_percent:g} points above the majority class's "
+                    f"{self._majority:.1%} yet (transition.min_gain_percent): attention stays dense"
+                )
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
             if self.config.sparse_attention.restarts_optimizer:
@@ -379,7 +391,7 @@ class Trainer:
             self.log.say(f"step {state.step}: switched to sparse attention; densities {shown}")
         # Checks may come every step; pictures need not.
         log_every = self.config.training.log_every
-        rare = self.config.transition.check_every >= log_every
+        rare = transition.check_every >= log_every
         if decision.masks is not None or rare or state.step % log_every == 0:
             self.log.pictures(state.step, decision.maps, decision.masks)
 

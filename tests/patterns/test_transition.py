@@ -57,6 +57,27 @@ def test_a_change_of_exactly_15_percent_does_not_fire(third, fire):
     assert report.fire is fire
 
 
+def test_a_check_that_is_held_counts_as_one_that_did_not_fire():
+    values = [0.0, 20.0, 23.0 - 1e-3, 26.0 - 1e-3]  # d = 20, 22.999, then 3 from check 3's map
+    rule, free = DistanceRule(), DistanceRule()
+    maps = [[torch.tensor([[value]], dtype=torch.float64)] for value in values]
+    held = [rule.update(a, hold=True) for a in maps]
+    assert [report.fire for report in held] == [False] * 4
+    assert [report.held for report in held] == [False, False, True, False]
+    assert held[3].distances == [pytest.approx(3.0)]
+    reports = [free.update(a) for a in maps[:3]]
+    assert [(report.fire, report.held) for report in reports] == [(False, False)] * 2 + [
+        (True, False)
+    ]
+
+
+def test_sats_rule_is_held_too():
+    rule = SkewnessRule(min_skewness=1.1)
+    maps = [[factor * SKEWED.double()] for factor in (0.0, 1000.0, 2000.0)]
+    held = [rule.update(a, hold=True) for a in maps]
+    assert [(report.fire, report.held) for report in held] == [(False, False)] * 2 + [(False, True)]
+
+
 def test_percents_are_cut_not_rounded():
     report = run([0.0, 1000.0, 1149.9])[-1]  # 14.99 %
     assert int(100 * report.changes[0]) == 14
