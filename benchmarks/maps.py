@@ -1,4 +1,4 @@
-"""Pooled attention maps, and the switch that follows: correctness first, then time.
+"""Attention maps, and the switch that follows: correctness first, then time.
 
     python benchmarks/maps.py --out benchmarks/results/DATE-DEVICE-maps.md
     python benchmarks/maps.py --tune          # on a GPU: other launch configurations too
@@ -40,7 +40,7 @@ FILTER_SIZE = 31
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table: batch, heads, tokens, head_dim; block; dtype."""
+    """A row of the table: batch, heads, tokens, head_dim; block, 1 for no pooling; dtype."""
 
     shape: tuple[int, int, int, int]
     block: int
@@ -57,6 +57,7 @@ CPU_SETTINGS = [
     Setting((2, 8, 2048, 64), 64, torch.float32),
     Setting((2, 8, 2048, 64), 64, torch.bfloat16),
     Setting((1, 2, 8192, 64), 64, torch.float32),
+    Setting((16, 2, 1024, 32), 1, torch.float32),
 ]
 GPU_SETTINGS = [
     Setting((2, 8, 16384, 64), 64, torch.bfloat16),
@@ -64,6 +65,7 @@ GPU_SETTINGS = [
     Setting((2, 8, 16384, 128), 64, torch.bfloat16),
     Setting((2, 8, 16384, 64), 32, torch.bfloat16),
     Setting((32, 2, 4096, 32), 64, torch.bfloat16),
+    Setting((256, 2, 2048, 32), 1, torch.bfloat16),
 ]
 # Tokens, block, filter, causal, padding: what the two paths of a backend must get right.
 GATE = [
@@ -72,6 +74,7 @@ GATE = [
     (1152, 128, FILTER_SIZE, True, False),
     (997, 64, FILTER_SIZE, True, True),
     (800, 16, FILTER_SIZE, False, True),
+    (997, 1, 1, False, True),
 ]
 MAPS = (
     "| shape | block | dtype | dense ms | map ms | no filter ms | map / dense | no filter / dense"
@@ -117,12 +120,13 @@ def page(maps: list[str], tuned: list[str], switch: list[str], rounds: int) -> s
     """Return the page: what, where, how, tables."""
     return "\n".join(
         [
-            "# Pooled attention maps, and the switch",
+            "# Attention maps, and the switch",
             "",
             *machine_lines(),
             f"Medians of {rounds} interleaved rounds, minima in brackets; ratios are of minima. "
             f"dense: the forward pass of scaled_dot_product_attention (on a GPU its flash "
-            f"backend). map: pooled with a filter of {FILTER_SIZE}. torch: the specification in "
+            f"backend). map: pooled with a filter of {FILTER_SIZE}; with a block of 1 the "
+            "token-level map. torch: the specification in "
             "the inputs' precision, with which each map was compared first; the float64 "
             f"specification was, on short maps, to a relative {TOLERANCE:.0e}. MiB: peak memory "
             "of map above its inputs.",
@@ -179,8 +183,8 @@ def requests_of(setting: Setting, device: torch.device) -> tuple[MapRequest, Ten
     )
     batch, heads, length, head_dim = setting.shape
     weights = torch.full((length,), 1 / (batch * heads), dtype=torch.float64, device=device)
-    scale = head_dim**-0.5
-    return MapRequest(q, k, weights, None, False, scale, setting.block, FILTER_SIZE), v
+    scale, filter_size = head_dim**-0.5, 1 if setting.block == 1 else FILTER_SIZE
+    return MapRequest(q, k, weights, None, False, scale, setting.block, filter_size), v
 
 
 def dense_forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

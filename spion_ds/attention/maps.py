@@ -1,17 +1,18 @@
-"""Watching dense attention: the mean attention map of a layer, in chunks, as an observer.
+"""Watching dense attention: the mean attention map of a layer, as a function and as an observer.
 
-Shape suffixes: B batch, H heads, L tokens, R rows of a chunk, D head_dim.
+A token-level map is one whose blocks are single tokens.
+
+Shape suffixes: B batch, H heads, L tokens, D head_dim.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from spion_ds.attention.streaming_maps import (
     MapRequest,
+    block_sums,
     check_tensors,
     mean_row_weights,
     pooled_map,
@@ -20,11 +21,6 @@ from spion_ds.attention.streaming_maps import (
 )
 from spion_ds.errors import ConfigError
 from spion_ds.patterns.pooling import check_filter_size
-
-# Bytes of the scores of one chunk of query rows: in a CPU's caches as far as they go, and on a GPU
-# enough to keep it busy.
-_CHUNK_BYTES = 64 << 20
-_GPU_CHUNK_BYTES = 256 << 20
 
 
 class AttentionMapAccumulator:
@@ -49,13 +45,12 @@ class AttentionMapAccumulator:
         scale: float | None = None,
     ) -> None:
         """Add a micro-batch's attention; arguments as in :func:`attention_map`."""
-        length = q_BHLD.shape[2]
-        if self.total is None or self.count is None:
-            self.total = q_BHLD.new_zeros((length, length), dtype=torch.float64)
-            self.count = q_BHLD.new_zeros((length,), dtype=torch.float64)
-        for rows, sums in _row_sums(q_BHLD, k_BHLD, key_padding_mask, causal, scale):
-            self.total[rows] += sums
-        self.count += _row_counts(q_BHLD, key_padding_mask)
+        check_tensors(q_BHLD, k_BHLD, key_padding_mask)
+        ones = q_BHLD.new_ones((q_BHLD.shape[2],), dtype=torch.float64)
+        sums = block_sums(_request(q_BHLD, k_BHLD, ones, key_padding_mask, causal, scale))
+        count = _row_counts(q_BHLD, key_padding_mask)
+        self.total = sums if self.total is None else self.total.add_(sums)
+        self.count = count if self.count is None else self.count.add_(count)
 
 
 def attention_map(
@@ -92,15 +87,9 @@ def attention_map(
     """
     _check(q, k, key_padding_mask, block, filter_size)
     with torch.no_grad():
-        count = _row_counts(q, key_padding_mask)
-        if block is not None:
-            request = _request(q, k, mean_row_weights(count), key_padding_mask, causal, scale)
-            return pooled_map(request._replace(block=block, filter_size=filter_size or 1))
-        length = q.shape[2]
-        total = q.new_zeros((length, length), dtype=torch.float64)
-        for rows, sums in _row_sums(q, k, key_padding_mask, causal, scale):
-            total[rows] = sums
-        return total / count.clamp(min=1.0)[:, None]
+        weights = mean_row_weights(_row_counts(q, key_padding_mask))
+        request = _request(q, k, weights, key_padding_mask, causal, scale)
+        return pooled_map(request._replace(block=block or 1, filter_size=filter_size or 1))
 
 
 def attention_skewness(
@@ -141,38 +130,7 @@ def _request(
     scale: float | None,
 ) -> MapRequest:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return MapRequest(q, k, row_weights, key_padding_mask, causal, scale)
-
-
-def _row_sums(
-    q_BHLD: Tensor,
-    k_BHLD: Tensor,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield chunks of query rows, and their sums over batch and heads, (R, L) float64."""
-    batch, heads, length, head_dim = q_BHLD.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    full = torch.float64 if q_BHLD.dtype == torch.float64 else torch.float32
-    keys_BHDL = k_BHLD.to(full).transpose(-2, -1)
-    if heads > k_BHLD.shape[1]:
-        keys_BHDL = keys_BHDL.repeat_interleave(heads // k_BHLD.shape[1], dim=1)
-    chunk_bytes = _GPU_CHUNK_BYTES if q_BHLD.is_cuda else _CHUNK_BYTES
-    chunk = max(1, chunk_bytes // (batch * heads * length * 4))
-    position = torch.arange(length, device=q_BHLD.device)
-    for first in range(0, length, chunk):
-        rows = slice(first, min(first + chunk, length))
-        scores_BHRL = (q_BHLD[:, :, rows].to(full) * scale) @ keys_BHDL
-        if causal:
-            scores_BHRL.masked_fill_(position > position[rows, None], float("-inf"))
-        if key_padding_mask is not None:
-            scores_BHRL.masked_fill_(~key_padding_mask[:, None, None, :], float("-inf"))
-        probs_BHRL = torch.softmax(scores_BHRL, dim=-1)
-        if key_padding_mask is not None:
-            # Drops the rows of padded queries, and the NaN rows of samples without a real token.
-            probs_BHRL.masked_fill_(~key_padding_mask[:, None, rows, None], 0.0)
-        yield rows, probs_BHRL.sum(dim=(0, 1), dtype=torch.float64)
+    return MapRequest(q.detach(), k.detach(), row_weights, key_padding_mask, causal, scale)
 
 
 def _row_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ class MapRequest(NamedTuple):
         key_padding_mask: (batch, L) bool, True = real token.
         causal: keys after the query are excluded.
         scale: factor of the scores.
-        block: side of a block.
+        block: side of a block; 1 gives the token-level map.
         filter_size: side of the diagonal convolution, odd; 1 is none.
     """
 

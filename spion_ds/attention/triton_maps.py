@@ -7,7 +7,7 @@ tile gives to the blocks that it reaches; those sums are then added up in a fixe
 Where the filter is no wider than a block, a tile is cut at the middle of blocks: around each
 corner, where four blocks meet, an entry adds to these four alone, and its four weights are a
 minimum and three differences. Elsewhere a tile visits all blocks that it reaches. For the skewness
-a tile writes its powers instead.
+a tile writes its powers instead, and for a token-level map, whose blocks are single tokens, itself.
 
 Shape suffixes: B batch, H heads, L tokens, R rows and C columns of a tile, D head_dim padded to a
 power of two, n blocks a side.
@@ -130,7 +130,7 @@ def attention_map_tile_kernel(
     inverse_ptr: tl.tensor,
     padding_ptr: tl.tensor,
     weights_ptr: tl.tensor,  # (L,) float32
-    sums_ptr: tl.tensor,  # what _corner_sums, _block_sums or _power_sums write, float32
+    sums_ptr: tl.tensor,  # what _corner_sums, _block_sums or _power_sums write, or (L, L); float32
     batch: tl.tensor,
     heads: tl.tensor,
     length: tl.tensor,
@@ -145,7 +145,7 @@ def attention_map_tile_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     PIECES: tl.constexpr,
-    SUMS: tl.constexpr,  # "corners", "blocks" or "powers"
+    SUMS: tl.constexpr,  # "corners", "blocks", "powers" or "tokens"
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     REACH: tl.constexpr,
@@ -195,6 +195,9 @@ def attention_map_tile_kernel(
             _corner_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, BLOCK, HALF)
         elif SUMS == "blocks":
             _block_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, length, BLOCK, HALF, REACH)
+        elif SUMS == "tokens":
+            place = sums_ptr + rows_R.to(tl.int64)[:, None] * length + here_C[None, :]
+            tl.store(place, mean_RC, mask=(rows_R < length)[:, None] & inside_C[None, :])
         else:
             inside_RC = (rows_R < length)[:, None] & inside_C[None, :]
             _power_sums(tl.where(inside_RC, mean_RC - centre, 0.0), sums_ptr, at, size)
@@ -348,8 +351,11 @@ def unsupported(request: MapRequest) -> str | None:
             f"the kernels take bf16, fp16 and fp32 with head_dim 1 to {_MAX_HEAD_DIM}; got "
             f"{q.dtype} and {k.dtype} with head_dim {q.shape[3]}"
         )
-    if request.block < MIN_BLOCK:
-        return f"the kernels take blocks from {MIN_BLOCK}; got {request.block}"
+    if request.block < MIN_BLOCK and (request.block, request.filter_size) != (1, 1):
+        return (
+            f"the kernels take blocks from {MIN_BLOCK}, and of 1 without a filter; got "
+            f"{request.block} with a filter of {request.filter_size}"
+        )
     interpreted = not isinstance(attention_map_tile_kernel, triton.JITFunction)
     if not (q.is_cuda or interpreted):
         return f"the kernels run on CUDA devices; the tensors are on {q.device}"
@@ -425,6 +431,8 @@ class _Sums:
         self.rows, self.columns = tiles.rows, tiles.columns
         corners = block & (block - 1) == 0 and request.length % block == 0 and 2 * half <= block
         self.kind = "powers" if powers else "corners" if corners else "blocks"
+        if (block, half) == (1, 0) and not powers:
+            self.kind = "tokens"
         # Corners lie on both sides of the first and of the last block.
         covered = request.length + (block if self.kind == "corners" else 0)
         self.row_tiles = triton.cdiv(covered, tiles.rows)
@@ -437,12 +445,16 @@ class _Sums:
             shape = (4, self.row_tiles * groups[0], pieces * groups[1])
         elif self.kind == "blocks":
             shape = (self.row_tiles, self.reach, pieces, self.reach)
+        elif self.kind == "tokens":
+            shape = (request.length, request.length)
         else:
             shape = (2, self.row_tiles, pieces)
         self.parts = torch.empty(shape, dtype=torch.float32, device=request.q.device)
 
     def add_up(self) -> Tensor:
         """Return the block sums, (n, n) float64."""
+        if self.kind == "tokens":
+            return self.parts.to(torch.float64)
         if self.kind == "blocks":
             into_rows, into_columns = self._chosen(self.rows, 0), self._chosen(self.columns, 2)
             parts = self.parts.flatten(2).flatten(0, 1).to(torch.float64)

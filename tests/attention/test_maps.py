@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spion_ds.attention import AttentionMapAccumulator, attention_map, maps
+from spion_ds.attention import AttentionMapAccumulator, attention_map, streaming_maps
 from spion_ds.errors import ConfigError
 from tests.patterns import brute_force
 
@@ -104,14 +104,14 @@ def test_rows_of_real_tokens_sum_to_one_and_padded_ones_to_zero(device):
     assert rows[29] == 0.0
 
 
-@pytest.mark.parametrize("chunk", [1, 3000, 10**9])
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 10**9])
 @pytest.mark.parametrize(("block", "filter_size"), [(None, None), (8, None), (8, 7)])
-def test_maps_do_not_depend_on_the_size_of_a_chunk(block, filter_size, chunk, monkeypatch):
+def test_maps_do_not_depend_on_the_size_of_a_tile(block, filter_size, tile_bytes, monkeypatch):
     q, k = drawn(45)
     real = draw_padding("tail", 3, 45)
     arguments = {"block": block, "filter_size": filter_size, "key_padding_mask": real}
     expected = attention_map(q, k, causal=True, **arguments)
-    monkeypatch.setattr(maps, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(streaming_maps, "_TILE_BYTES", tile_bytes)
     found = attention_map(q, k, causal=True, **arguments)
     assert relative_error(found, expected) < FLOAT64_TOLERANCE
 
@@ -129,7 +129,6 @@ def test_a_pooled_map_makes_nothing_of_the_size_of_the_attention_matrix(monkeypa
             return result
 
     q, k = torch.randn(1, 1, length, 8), torch.randn(1, 1, length, 8)
-    monkeypatch.setattr(maps, "_CHUNK_BYTES", 1 << 20)
     with Watch():
         attention_map(q, k, block=64, filter_size=31)
     # One byte an entry is the smallest that an (L, L) tensor could be.

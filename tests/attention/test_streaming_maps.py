@@ -277,6 +277,10 @@ TRITON_CASES = [
     ((70, 16, 31), False, "none"),
     ((70, 16, 31), True, "whole_sample"),
     ((33, 33, 63), True, "holes"),
+    # Token-level maps.
+    ((1, 1, 1), False, "none"),
+    ((70, 1, 1), False, "holes"),
+    ((45, 1, 1), True, "whole_sample"),
 ]
 
 
@@ -302,7 +306,7 @@ def test_triton_is_the_specification(shape, causal, padding, device):
 
 # Tiles of 16-bit inputs are larger: of two pieces, several corners of blocks in one, one in both.
 @needs_triton
-@pytest.mark.parametrize("shape", [(192, 32, 31), (256, 128, 31), (150, 50, 15)])
+@pytest.mark.parametrize("shape", [(192, 32, 31), (256, 128, 31), (150, 50, 15), (150, 1, 1)])
 def test_triton_computes_16_bit_inputs_in_float32(shape, device):
     request = request_of(*shape, True, "holes", torch.float16)
     expected = block_sums_torch(in_float64(request))
@@ -337,7 +341,10 @@ def test_triton_sums_powers(causal, padding, device):
 def test_triton_says_what_it_cannot_do():
     from spion_ds.attention import triton_maps
 
-    assert "blocks from 16; got 8" in triton_maps.unsupported(request_of(70, 8, 31))
+    assert "blocks from 16, and of 1 without a filter; got 8 with a filter of 31" in (
+        triton_maps.unsupported(request_of(70, 8, 31))
+    )
+    assert "got 1 with a filter of 3" in triton_maps.unsupported(request_of(70, 1, 3))
     assert "float64" in triton_maps.unsupported(in_float64(request_of(70, 16, 31)))
 
 
