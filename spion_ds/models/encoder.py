@@ -22,6 +22,8 @@ from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
 POOLINGS = ("masked_mean", "mean", "attention")
 POSITIONS = ("learned", "rotary")
+# Queries, keys and padding mask of a layer.
+Seen = tuple[Tensor, Tensor, Tensor | None]
 # Dropout places: one in the embedding, then four a layer.
 _PLACES_A_LAYER = 4
 
@@ -127,14 +129,16 @@ class EncoderLayer(nn.Module):
         padding_mask: Tensor | None,
         keys: Tensor | None,
         rotation: Tensor | None = None,
+        shown: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return (B, L, E), and queries and keys, (B, H, L, D) each, if a pattern learns from them.
+        """Return (B, L, E), and queries and keys, (B, H, L, D) each, if they are asked for.
 
         Args:
             x_BLE: (B, L, E).
             padding_mask: (B, L) bool, True = real token; None where all are.
             keys: (4, B) int32 dropout keys, None for no dropout.
             rotation: of rotary positions, None for others.
+            shown: ask for queries and keys.
         """
         p = self.dropout_p if keys is not None else 0.0
         drop = _dropper(p, keys)
@@ -146,8 +150,7 @@ class EncoderLayer(nn.Module):
         attended = self.attention(q, k, v, padding_mask, None if keys is None else keys[0])
         x_BLE = x_BLE + drop(self.projection(attended.transpose(1, 2).flatten(2)), 1)
         hidden = drop(nn.functional.gelu(self.ffn_in(self.ffn_norm(x_BLE))), 2)
-        learning = self.training and self.pattern is not None and self.pattern.learning
-        return x_BLE + drop(self.ffn_out(hidden), 3), (q, k) if learning else None
+        return x_BLE + drop(self.ffn_out(hidden), 3), (q, k) if shown else None
 
 
 class AttentionPooling(nn.Module):
@@ -197,6 +200,12 @@ class EncoderClassifier(nn.Module):
             needed for ``nesting_levels``.
         padded: whether inputs may have padding. False, where all are ``max_length`` long, spares
             attention the mask: it may take kernels that know none, and need not look for padding.
+
+    Attributes:
+        keeps_seen: whether a pass in training mode leaves behind what its attention saw, in
+            ``seen``, and lets patterns learn later, from :meth:`learn_patterns`.
+        seen: of the last such pass, for each layer queries and keys, (B, H, L, D) each without
+            gradient, and the padding mask (B, L) or None.
     """
 
     def __init__(
@@ -262,6 +271,8 @@ class EncoderClassifier(nn.Module):
         )
         if config.masked_token_loss > 0.0:
             self.token_head = nn.Linear(config.dim, vocab_size)
+        self.keeps_seen = False
+        self.seen: list[Seen] = []
         self._pattern_loss: Tensor | None = None
         self._pattern_weight = 0.0
         if isinstance(sparse_attention, SatAttentionConfig):
@@ -285,6 +296,17 @@ class EncoderClassifier(nn.Module):
         """
         loss, self._pattern_loss = self._pattern_loss, None
         return loss
+
+    @property
+    def learns_patterns(self) -> bool:
+        """Whether a pass in training mode gives a pattern loss."""
+        return any(pattern.learning for pattern in self.patterns)
+
+    def learn_patterns(self, seen: Sequence[Seen]) -> None:
+        """Have the pattern loss of a pass that saw ``seen`` ready to be taken; none once frozen."""
+        if self.learns_patterns:
+            losses = [pattern(*one) for pattern, one in zip(self.patterns, seen, strict=True)]
+            self._pattern_loss = self._pattern_weight * torch.stack(losses).sum()
 
     @property
     def names_subexpressions(self) -> bool:
@@ -350,24 +372,27 @@ class EncoderClassifier(nn.Module):
         else:
             x = x + self.position_embedding(torch.arange(length, device=device))
         x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
-        pattern_losses = []
+        # A pass that guesses tokens gives no pattern loss.
+        shown = self.training and not guess_tokens and (self.keeps_seen or self.learns_patterns)
+        seen = []
         for index, layer in enumerate(self.layers):
             first = 1 + _PLACES_A_LAYER * index
-            inputs = (x, mask, None if keys is None else keys[first : first + 4], rotation)
+            inputs = (x, mask, None if keys is None else keys[first : first + 4], rotation, shown)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 # Dropout is counter-based: there is no random state to restore.
-                x, seen = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, qk = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, seen = layer(*inputs)
-            # A pass that guesses tokens gives no pattern loss.
-            if seen is not None and not guess_tokens:
-                # Outside of the checkpoint, which would make the map twice.
-                pattern_losses.append(layer.pattern(*seen, mask))  # type: ignore[operator]
+                x, qk = layer(*inputs)
+            if qk is not None:
+                seen.append((qk[0].detach(), qk[1].detach(), mask))
         x = self.norm(x)
         if guess_tokens:
             return self.token_head(x).view(*shape, -1)
-        if pattern_losses:
-            self._pattern_loss = self._pattern_weight * torch.stack(pattern_losses).sum()
+        if self.keeps_seen and shown:
+            self.seen = seen
+        elif shown:
+            # Outside of checkpoints, which would make the maps twice.
+            self.learn_patterns(seen)
         pooled = self._pool(x, mask)
         if self.names_subexpressions:
             return self.classifier(torch.cat([pooled[:, None], x[:, 1:]], dim=1))

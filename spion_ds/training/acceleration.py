@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.errors import ConfigError
+from spion_ds.models import EncoderClassifier
+from spion_ds.models.encoder import Seen
 
+Observer = AttentionMapAccumulator | PooledMapAccumulator
 Forward = Callable[..., Tensor]
 
 
 class AcceleratedForward:
-    """The forward pass of plain training steps; check steps and evaluation keep the model's own.
+    """The forward pass of training steps; evaluation keeps the model's own.
+
+    A replay runs no Python: what attention sees in it, patterns learn from and observers look at
+    afterwards, where the graph wrote it. Without a graph, an observed pass is the model's own.
 
     Args:
         model: the module that trains, already on its device; its parameters stay as they are.
@@ -23,8 +30,9 @@ class AcceleratedForward:
             and as one graph if ``SparseSelfAttention.prepare`` of each layer came before. (With
             the torch backend, that of no usual case, the graph breaks at each attention.)
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
-            replayed from then on. Shapes must then stay the same. A phase in which the model has
-            a loss of its own beside its output (learned patterns) is not captured.
+            replayed from then on. Shapes must then stay the same.
+        observes: whether dense steps may come with observers. A graph then keeps the queries and
+            keys of all layers to the end of the step.
         keeps_gradients: whether a parameter may keep a gradient until the next replay. Otherwise it
             has the graph's own memory as its gradient, and needs no copy of it.
         before_capture: called before a capture; from then to its end no other thread may allocate
@@ -34,16 +42,17 @@ class AcceleratedForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: EncoderClassifier,
         *,
         compile: bool,
         cuda_graph: bool,
+        observes: bool = False,
         keeps_gradients: bool = True,
         before_capture: Callable[[], object] = lambda: None,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         self.model, self.cuda_graph, self._before_capture = model, cuda_graph, before_capture
-        self._keeps_gradients = keeps_gradients
+        self._keeps_gradients, self._observes = keeps_gradients, observes
         self._compiled: Forward | None = None
         if compile:
             # What this process compiled for other models counts towards a limit of eight.
@@ -51,21 +60,26 @@ class AcceleratedForward:
             self._compiled = torch.compile(_Own(model), dynamic=False, backend=backend)
         self._forward = self._compiled
         self._captured: str | None = None  # the phase that the graph is of
+        self._seen: list[Seen] = []  # what attention sees in it
 
     @contextmanager
-    def step(self, sparse: bool, inputs: tuple[Tensor, ...]) -> Iterator[None]:
-        """Let the model's forward be the accelerated one inside the context.
+    def step(
+        self, sparse: bool, inputs: tuple[Tensor, ...], observers: Sequence[Observer] = ()
+    ) -> Iterator[None]:
+        """Let the model's forward be the accelerated one inside the context, for one call.
 
         Args:
             sparse: whether the model is in its sparse phase.
             inputs: what the model is about to be called with; the graph is captured with these.
+            observers: one a layer, shown the attention of the call by the end of the context.
         """
         phase = "sparse" if sparse else "dense"
-        # A replay repeats the output alone, not what else a pass leaves behind.
-        learning = any(pattern.learning for pattern in getattr(self.model, "patterns", ()))
-        if self.cuda_graph and not learning and self._captured != phase:
+        if self.cuda_graph and self._captured != phase:
             self._capture(phase, inputs)
-        if self._forward is None:
+        if not self.cuda_graph:
+            for attention, observer in zip(self.model.attentions, observers, strict=False):
+                attention.observer = observer
+        if self._forward is None or (observers and not self.cuda_graph):
             yield
             return
         # Past nn.Module's own attributes, which would make a submodule of it.
@@ -74,12 +88,21 @@ class AcceleratedForward:
             yield
         finally:
             del vars(self.model)["forward"]
+        for seen, observer in zip(self._seen, observers, strict=False):
+            observer.add(*seen)
+        if self._seen:
+            self.model.learn_patterns(self._seen)
 
     def _capture(self, phase: str, inputs: tuple[Tensor, ...]) -> None:
-        self._forward = None  # the other phase's graph and its memory
-        module = _Own(self.model, self._compiled)
+        self._forward, self._seen = None, []  # the other phase's graph and its memory
+        model, module = self.model, _Own(self.model, self._compiled)
+        learns = model.learns_patterns
+        model.keeps_seen = phase == "dense" and (self._observes or learns)
         self._before_capture()
-        torch.cuda.make_graphed_callables(module, inputs)  # replaces module.forward
+        # Replaces module.forward. What only patterns learn with has no part in it.
+        torch.cuda.make_graphed_callables(module, inputs, allow_unused_input=learns)
+        # As long as somebody holds them, nothing else in the graph takes their memory.
+        self._seen, model.seen, model.keeps_seen = model.seen, [], False
         if self._captured is None and self._keeps_gradients:
             # The graph writes gradients to the same memory at every replay: what a parameter
             # keeps must be a copy.

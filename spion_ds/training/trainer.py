@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +139,7 @@ class Trainer:
             self.model,
             compile=config.training.compile,
             cuda_graph=config.training.cuda_graph,
+            observes=config.switches,
             # At stage 0 every step ends with gradients that are None; other stages keep what they
             # take apart.
             keeps_gradients=stage != 0,
@@ -269,11 +269,8 @@ class Trainer:
         self.tally.begin()
         for micro_step in range(config.batches.accumulation):
             batch, keys = self._read(micro_step)
-            for attention, accumulator in zip(self.model.attentions, observed, strict=False):
-                attention.observer = accumulator
             inputs = (batch.input_ids, batch.padding_mask, keys.dropout)
-            plain = nullcontext() if checking else self.accelerated.step(phase == "sparse", inputs)
-            with plain:
+            with self.accelerated.step(phase == "sparse", inputs, observed):
                 logits = self.engine(*inputs).float()
             loss = self.losses.of(batch, keys, logits, state.step)
             # Divided by one it would be the same loss, and two operators more.

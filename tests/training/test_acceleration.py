@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig, set_masks
@@ -23,6 +24,7 @@ LENGTH = 64
 _SPION = SparseAttentionConfig(block=16)
 
 
+_NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 _SIZES = ModelConfig(dim=16, ffn_dim=32, layers=2, heads=2, head_dim=16, classifier_dim=16)
 
 
@@ -52,8 +54,12 @@ def train(
     data: list[tuple],
     forward: AcceleratedForward,
     keeps_gradients: bool = True,
+    maps: list[list[torch.Tensor]] | None = None,
 ) -> list[float]:
-    """Take three dense and three sparse steps; return the losses."""
+    """Take three dense and three sparse steps; return the losses.
+
+    The maps of every other dense step go to ``maps``.
+    """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -63,8 +69,12 @@ def train(
             mask[:, 1] = True
             set_masks(model, [mask, mask])
         model.prepare(len(labels), labels.device)
-        with forward.step(number >= 3, tuple(inputs)):
+        looks = maps is not None and number in (0, 2)
+        observers = [AttentionMapAccumulator() for _ in range(2 if looks else 0)]
+        with forward.step(number >= 3, tuple(inputs), observers):
             loss = F.cross_entropy(model(*inputs), labels)
+        if maps is not None and looks:
+            maps.append([layer.total.clone() for layer in observers])
         pattern_loss = model.take_pattern_loss()
         assert (pattern_loss is not None) is (bool(model.patterns) and number < 3)
         loss = loss if pattern_loss is None else loss + pattern_loss
@@ -93,16 +103,21 @@ def losses_with(
     device: torch.device,
     sparse_attention: AttentionConfig = _SPION,
     keeps_gradients: bool = True,
+    maps: list[list[torch.Tensor]] | None = None,
+    config: ModelConfig = _SIZES,
     **options: Any,
 ) -> list[float]:
-    model = tiny_model(device, sparse_attention)
+    model = tiny_model(device, sparse_attention, config)
     keys = set(model.state_dict())
     torch.manual_seed(1)
     data = batches(model, device)
-    forward = AcceleratedForward(model, keeps_gradients=keeps_gradients, **options)
-    losses = train(model, data, forward, keeps_gradients)
+    forward = AcceleratedForward(
+        model, keeps_gradients=keeps_gradients, observes=maps is not None, **options
+    )
+    losses = train(model, data, forward, keeps_gradients, maps)
     assert set(model.state_dict()) == keys
-    assert "forward" not in vars(model)  # check steps and evaluation use the model's own
+    assert "forward" not in vars(model)  # evaluation uses the model's own
+    assert not model.seen  # nor does anything stay of a pass
     return losses
 
 
@@ -125,7 +140,11 @@ def test_compiled_steps_have_the_losses_of_plain_steps() -> None:
     ],
     ids=["spion", "no attention dropout", "checkpointing", "sat", "sat, checkpointing"],
 )
-def test_each_phase_is_compiled_once_and_whole(mode: AttentionConfig, change: dict) -> None:
+@pytest.mark.parametrize("replayed", [False, True])
+def test_each_phase_is_compiled_once_and_whole(
+    mode: AttentionConfig, change: dict, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", replay_without_gpu)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -137,7 +156,10 @@ def test_each_phase_is_compiled_once_and_whole(mode: AttentionConfig, change: di
     train(
         model,
         batches(model, device),
-        AcceleratedForward(model, compile=True, cuda_graph=False, backend=backend),
+        AcceleratedForward(
+            model, compile=True, cuda_graph=replayed, observes=replayed, backend=backend
+        ),
+        maps=[] if replayed else None,
     )
     assert len(graphs) == 2  # more after a break, fewer if the pass is given up at one
     for graph in graphs:
@@ -146,7 +168,7 @@ def test_each_phase_is_compiled_once_and_whole(mode: AttentionConfig, change: di
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@_NEEDS_GPU
 @pytest.mark.parametrize("keeps_gradients", [True, False])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("sparse_attention", [_SPION, SatAttentionConfig(block=16)])
@@ -162,9 +184,70 @@ def test_replayed_steps_have_the_losses_of_plain_steps(
     assert replayed == (pytest.approx(plain, rel=1e-3) if compile else plain)
 
 
+def replay_without_gpu(module: torch.nn.Module, inputs: tuple, allow_unused_input: bool) -> None:
+    """Stand in for make_graphed_callables: later calls run no Python of the model's that is seen.
+
+    They write what the first call left in ``seen`` to the same memory, and leave the rest alone.
+    """
+    model, own, static = module.model, module.forward, [x.clone() for x in inputs]
+    assert allow_unused_input is model.learns_patterns
+    keeps = model.keeps_seen
+    own(*static)
+    first = model.seen
+
+    def replay(*given: torch.Tensor) -> torch.Tensor:
+        for place, value in zip(static, given, strict=True):
+            place.copy_(value)
+        before, model.keeps_seen = model.seen, keeps
+        out = own(*static)
+        for layer, now in zip(first, model.seen, strict=True):
+            for place, value in zip(layer, now, strict=True):
+                if place is not value:  # the mask may be an input
+                    place.copy_(value)
+        model.seen, model.keeps_seen = before, False
+        return out
+
+    module.forward = replay
+
+
+@pytest.mark.parametrize(
+    ("mode", "change"),
+    [
+        (_SPION, {}),
+        (_SPION, {"zero_is_padding": True, "activation_checkpointing": True}),
+        (SatAttentionConfig(block=16), {}),
+    ],
+    ids=["spion", "zero is padding, checkpointing", "sat"],
+)
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NEEDS_GPU])]
+)
+def test_observers_and_patterns_see_the_attention_of_a_replay(
+    device: str, mode: AttentionConfig, change: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", replay_without_gpu)
+    config = replace(_SIZES, **change)
+    plain_maps, maps = [], []
+    losses = [
+        losses_with(
+            torch.device(device), mode, maps=seen, config=config, compile=False, cuda_graph=graph
+        )
+        for seen, graph in ((plain_maps, False), (maps, True))
+    ]
+    assert losses[1] == losses[0]
+    assert len(maps) == len(plain_maps) == 2
+    for step, plain in zip(maps, plain_maps, strict=True):
+        assert not torch.equal(*plain)  # of two layers
+        for found, expected in zip(step, plain, strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_what_must_rest_in_a_capture_is_told_before_each(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_: events.append("capture"))
+    monkeypatch.setattr(
+        torch.cuda, "make_graphed_callables", lambda *_, **__: events.append("capture")
+    )
     device = torch.device("cpu")
     model = tiny_model(device)
     accelerated = AcceleratedForward(
