@@ -2,7 +2,8 @@
 
 Two kernels. The first writes each row's softmax statistics. In the second a program owns a tile of
 the map, adds the probabilities of all samples and heads to it in registers, and writes what the
-tile gives to the blocks that it reaches; those sums are then added up in a fixed order.
+tile gives to the blocks that it reaches; those sums are then added up in a fixed order. A tile
+leaves out the samples that end before it begins.
 
 Where the filter is no wider than a block, a tile is cut at the middle of blocks: around each
 corner, where four blocks meet, an entry adds to these four alone, and its four weights are a
@@ -36,8 +37,9 @@ _LOWEST = tl.constexpr(-1.0e30)
 _HIGHEST = tl.constexpr(1.0e30)
 # Programs that run at the same time share this many row tiles, so that few keys are read at a time.
 _ROW_GROUP = tl.constexpr(8)
-_DATA = ["padding_ptr", "heads", "length"]
-_TILE_DATA = [*_DATA, "weights_ptr", "batch", "row_tiles", "column_tiles"]
+_DATA = ["padding_ptr", "ends_ptr", "heads", "length"]
+_TILE_DATA = ["padding_ptr", "order_ptr", "reach_ptr", "heads", "length", "weights_ptr"]
+_TILE_DATA += ["batch", "row_tiles", "column_tiles"]
 
 
 class MapTiles(NamedTuple):
@@ -71,6 +73,7 @@ def attention_map_softmax_kernel(
     top_ptr: tl.tensor,  # (B, H, L) float32, largest score in base 2
     inverse_ptr: tl.tensor,  # (B, H, L) float32, 1 / sum of 2^(score - largest), 0 for padding
     padding_ptr: tl.tensor,  # (B, L) bytes, 1 = real token, or None
+    ends_ptr: tl.tensor,  # (B,) int32, tokens up to the last real one; None without padding
     heads: tl.tensor,
     length: tl.tensor,
     scale_log2: tl.tensor,  # above 0
@@ -86,13 +89,16 @@ def attention_map_softmax_kernel(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     rows_R = tl.program_id(0) * R + tl.arange(0, R)
     q_RD = _load(q, b, h, tl.minimum(rows_R, length - 1), HEAD_DIM, D)
+    end = length
     if padding_ptr is not None:
         padding_ptr += b * length
+        end = tl.load(ends_ptr + b)
+        end = tl.where(tl.program_id(0) * R < end, end, 0)
     top_R = tl.full((R,), _LOWEST, tl.float32)
     total_R = tl.zeros((R,), tl.float32)
-    seen = tl.minimum(length, tl.program_id(0) * R + R) if CAUSAL else length
+    seen = tl.minimum(end, tl.program_id(0) * R + R) if CAUSAL else end
     # The first loop has no masks; under causality it ends before the tile's first query.
-    plain = (tl.program_id(0) * R // C if CAUSAL else length // C) * C
+    plain = (tl.minimum(tl.program_id(0) * R, end) // C if CAUSAL else end // C) * C
     for ends in tl.static_range(0, 2):
         for first in range(plain if ends else 0, seen if ends else plain, C):
             columns_C = first + tl.arange(0, C)
@@ -129,6 +135,8 @@ def attention_map_tile_kernel(
     top_ptr: tl.tensor,
     inverse_ptr: tl.tensor,
     padding_ptr: tl.tensor,
+    order_ptr: tl.tensor,  # (B,) int32, samples by falling end; None without padding
+    reach_ptr: tl.tensor,  # (L,) int32, how many of them have a real token here or later; or None
     weights_ptr: tl.tensor,  # (L,) float32
     sums_ptr: tl.tensor,  # what _corner_sums, _block_sums or _power_sums write, or (L, L); float32
     batch: tl.tensor,
@@ -159,11 +167,20 @@ def attention_map_tile_kernel(
     # Rows and columns that do not exist read others', and are masked at the end.
     row_R = tl.minimum(tl.maximum(rows_R, 0), length - 1)
     sums_RC, more_RC = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
+    samples = batch
+    if padding_ptr is not None:
+        begin = tl.maximum(tl.maximum(first_row, first_column), 0)
+        samples = tl.load(reach_ptr + tl.minimum(begin, length - 1))
     # A tile wholly in the future has no probability.
-    pairs = tl.where(first_column >= first_row + R, 0, batch * heads) if CAUSAL else batch * heads
+    pairs = (
+        tl.where(first_column >= first_row + R, 0, samples * heads) if CAUSAL else samples * heads
+    )
     for pair in range(0, pairs):
         bh = tl.zeros((), tl.int64) + pair
         b, h = bh // heads, bh % heads
+        if padding_ptr is not None:
+            b = tl.load(order_ptr + b).to(tl.int64)
+            bh = b * heads + h
         q_RD = _load(q, b, h, row_R, HEAD_DIM, D)
         top_R = tl.load(top_ptr + bh * length + row_R)
         inverse_R = tl.load(inverse_ptr + bh * length + row_R)
@@ -402,24 +419,41 @@ def _launch(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     batch, heads, length, head_dim = q.shape
     padding = request.key_padding_mask
-    padding = None if padding is None else padding.contiguous().view(torch.uint8)
+    ends = order = reach = None
+    if padding is not None:
+        ends, order, reach = _ends(padding)
+        padding = padding.contiguous().view(torch.uint8)
     top, inverse = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
     strided = ((q, *q.stride()[:3]), (k, *k.stride()[:3]))
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     shape = (heads // k.shape[1], head_dim, padded_dim, request.causal)
     with torch.cuda.device_of(q):
         attention_map_softmax_kernel[(triton.cdiv(length, softmax.rows), batch * heads)](
-            *(*strided, top, inverse, padding, heads, length, scale * _LOG2_E),
+            *(*strided, top, inverse, padding, ends, heads, length, scale * _LOG2_E),
             *(*shape, softmax.rows, softmax.columns),
             **softmax.launch,
         )
         attention_map_tile_kernel[(sums.row_tiles * sums.column_tiles,)](
-            *(*strided, top, inverse, padding, request.row_weights.float(), sums.parts),
-            *(batch, heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles, centre),
+            *(*strided, top, inverse, padding, order, reach),
+            *(request.row_weights.float(), sums.parts, batch),
+            *(heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles, centre),
             *(*shape, tiles.rows, tiles.columns, tiles.pieces),
             *(sums.kind, sums.block, sums.half, sums.reach),
             **tiles.launch,
         )
+
+
+def _ends(key_padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where samples end, which end last, and how many reach each token; all int32.
+
+    (B,), tokens up to the last real one; (B,), samples by falling end; (L,), how many samples have
+    a real token here or later.
+    """
+    place = torch.arange(1, key_padding_mask.shape[1] + 1, device=key_padding_mask.device)
+    ends = (key_padding_mask * place).amax(dim=1)
+    order = ends.argsort(descending=True, stable=True)
+    reach = (ends[:, None] >= place).sum(dim=0)
+    return ends.int(), order.int(), reach.int()
 
 
 class _Sums:

@@ -277,6 +277,11 @@ TRITON_CASES = [
     ((70, 16, 31), False, "none"),
     ((70, 16, 31), True, "whole_sample"),
     ((33, 33, 63), True, "holes"),
+    # Samples that end before some tiles begin.
+    ((128, 64, 31), False, "tail"),
+    ((128, 32, 1), True, "tail"),
+    ((70, 16, 31), False, "tail"),
+    ((100, 1, 1), False, "tail"),
     # Token-level maps.
     ((1, 1, 1), False, "none"),
     ((70, 1, 1), False, "holes"),
