@@ -14,9 +14,6 @@ using spion_ds::MapSums;
 
 static_assert(kMapQueries == kPiece && kMapKeys % kPiece == 0, "a tile is made of whole pieces");
 
-// Probabilities that are added in float32 before a sum goes to float64.
-constexpr int64_t kFloatSums = 32;
-
 // The buffers of one thread: those of a block of kPiece tokens, and a tile's sums.
 struct MapWorkspace : Workspace {
   MapWorkspace(const MapProblem& m, float* memory)
@@ -231,9 +228,10 @@ inline void map_tile(const MapProblem& m, int64_t query, int64_t key, const MapS
   const int64_t heads = empty ? 0 : p.batch * p.heads;
   for (int64_t bh = 0; bh < heads; ++bh) {
     add_probabilities(m, bh / p.heads, bh % p.heads, queries, width, key, end, w);
-    if (bh % kFloatSums == kFloatSums - 1) widen(w, count);
+    // float32 for the heads of a sample, float64 from there on: after rounding, the sum over a batch is
+    // the same in whatever shares it is made.
+    if (bh % p.heads == p.heads - 1) widen(w, count);
   }
-  widen(w, count);
   weigh(m, queries, width, end - key, w.doubles);
   if (to.moments != nullptr) {
     add_moments(m, queries.count, width, end - key, w.doubles, to.moments);

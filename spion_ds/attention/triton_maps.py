@@ -137,8 +137,8 @@ def attention_map_tile_kernel(
     padding_ptr: tl.tensor,
     order_ptr: tl.tensor,  # (B,) int32, samples by falling end; None without padding
     reach_ptr: tl.tensor,  # (L,) int32, how many of them have a real token here or later; or None
-    weights_ptr: tl.tensor,  # (L,) float32
-    sums_ptr: tl.tensor,  # what _corner_sums, _block_sums or _power_sums write, or (L, L); float32
+    weights_ptr: tl.tensor,  # (L,) float32; float64 for "tokens"
+    sums_ptr: tl.tensor,  # float32, what _corner_sums … write; (L, L) float64 for "tokens"
     batch: tl.tensor,
     heads: tl.tensor,
     length: tl.tensor,
@@ -152,7 +152,7 @@ def attention_map_tile_kernel(
     CAUSAL: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr,  # 1 for "tokens"
     SUMS: tl.constexpr,  # "corners", "blocks", "powers" or "tokens"
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
@@ -175,12 +175,17 @@ def attention_map_tile_kernel(
     pairs = (
         tl.where(first_column >= first_row + R, 0, samples * heads) if CAUSAL else samples * heads
     )
+    sample = tl.zeros((), tl.int32)
+    if padding_ptr is not None:
+        sample = tl.load(order_ptr)
     for pair in range(0, pairs):
         bh = tl.zeros((), tl.int64) + pair
         b, h = bh // heads, bh % heads
         if padding_ptr is not None:
-            b = tl.load(order_ptr + b).to(tl.int64)
+            b = sample.to(tl.int64)
             bh = b * heads + h
+            # A load ahead: one that q's address waited for would cost the loop a stage.
+            sample = tl.load(order_ptr + tl.minimum(pair + 1, pairs - 1) // heads)
         q_RD = _load(q, b, h, row_R, HEAD_DIM, D)
         top_R = tl.load(top_ptr + bh * length + row_R)
         inverse_R = tl.load(inverse_ptr + bh * length + row_R)
@@ -192,7 +197,14 @@ def attention_map_tile_kernel(
                 real_C = tl.load(padding_ptr + b * length + read_C) != 0
                 scores_RC = tl.where(real_C[None, :], scores_RC, float("-inf"))
             probs_RC = tl.exp2(scores_RC * scale_log2 - top_R[:, None])
-            if piece:
+            if SUMS == "tokens":
+                # What each addition rounds away is added up beside it (Knuth's two-sum).
+                added_RC = probs_RC * inverse_R[:, None]
+                total_RC = sums_RC + added_RC
+                taken_RC = total_RC - sums_RC
+                more_RC += (sums_RC - (total_RC - taken_RC)) + (added_RC - taken_RC)
+                sums_RC = total_RC
+            elif piece:
                 more_RC += probs_RC * inverse_R[:, None]
             else:
                 sums_RC += probs_RC * inverse_R[:, None]
@@ -206,7 +218,11 @@ def attention_map_tile_kernel(
         exists_RC = inside_C[None, :]
         if CAUSAL:
             exists_RC = exists_RC & (here_C[None, :] <= rows_R[:, None])
-        mean_RC = tl.where(exists_RC, (more_RC if piece else sums_RC) * weights_R[:, None], 0.0)
+        if SUMS == "tokens":
+            mean_RC = sums_RC.to(tl.float64) + more_RC.to(tl.float64)
+        else:
+            mean_RC = more_RC if piece else sums_RC
+        mean_RC = tl.where(exists_RC, mean_RC * weights_R[:, None], 0.0)
         at, size = (row_tile, column_tile * PIECES + piece), (row_tiles, column_tiles * PIECES)
         if SUMS == "corners":
             _corner_sums(mean_RC, rows_R, here_C, sums_ptr, at, size, BLOCK, HALF)
@@ -393,9 +409,13 @@ def block_sums_triton(request: MapRequest) -> Tensor:
     """Return what ``block_sums_torch`` returns.
 
     Products are in the inputs' dtype, scores, probabilities and the sums of a tile float32; tiles
-    are added in float64. The request must be one that :func:`unsupported` has nothing against.
+    are added in float64. Token-level maps have twice the digits: rounded to float32, the mean over
+    a batch is the same in whatever shares it is made. The request must be one that
+    :func:`unsupported` has nothing against.
     """
     softmax, tiles = choose_tiles(request.q)
+    if request.block == 1:
+        tiles = tiles._replace(pieces=1)
     sums = _Sums(request, tiles)
     _launch(request, softmax, tiles, sums, 0.0)
     return sums.add_up()
@@ -435,7 +455,7 @@ def _launch(
         )
         attention_map_tile_kernel[(sums.row_tiles * sums.column_tiles,)](
             *(*strided, top, inverse, padding, order, reach),
-            *(request.row_weights.float(), sums.parts, batch),
+            *(request.row_weights.to(sums.parts.dtype), sums.parts, batch),
             *(heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles, centre),
             *(*shape, tiles.rows, tiles.columns, tiles.pieces),
             *(sums.kind, sums.block, sums.half, sums.reach),
@@ -483,12 +503,13 @@ class _Sums:
             shape = (request.length, request.length)
         else:
             shape = (2, self.row_tiles, pieces)
-        self.parts = torch.empty(shape, dtype=torch.float32, device=request.q.device)
+        dtype = torch.float64 if self.kind == "tokens" else torch.float32
+        self.parts = torch.empty(shape, dtype=dtype, device=request.q.device)
 
     def add_up(self) -> Tensor:
         """Return the block sums, (n, n) float64."""
         if self.kind == "tokens":
-            return self.parts.to(torch.float64)
+            return self.parts
         if self.kind == "blocks":
             into_rows, into_columns = self._chosen(self.rows, 0), self._chosen(self.columns, 2)
             parts = self.parts.flatten(2).flatten(0, 1).to(torch.float64)

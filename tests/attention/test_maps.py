@@ -156,6 +156,23 @@ def test_micro_batches_add_up_to_the_whole_batch(padding, causal, device):
     )
 
 
+@pytest.mark.parametrize("shares", [2, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mean_map_is_the_same_in_whatever_shares_it_was_made(dtype, shares, device):
+    # Ranks and micro-batches: masks must not depend on them, and nearly even maps are all ties.
+    q, k = (1e-2 * torch.randn(32, 4, 40, 8) for _ in range(2))
+    q, k = q.to(device, dtype), k.to(device, dtype)
+    real = draw_padding("tail", 32, 40).to(device)
+    means = []
+    for count in (1, shares):
+        accumulator = AttentionMapAccumulator()
+        for part in zip(*(x.chunk(count) for x in (q, k, real)), strict=True):
+            accumulator.add(*part)
+        mean = accumulator.total / accumulator.count.clamp(min=1.0)[:, None]
+        means.append(mean.float())
+    assert torch.equal(*means)
+
+
 def test_accumulators_start_empty_and_count_samples_and_heads():
     accumulator = AttentionMapAccumulator()
     assert accumulator.total is None

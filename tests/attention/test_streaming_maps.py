@@ -343,6 +343,24 @@ def test_triton_sums_powers(causal, padding, device):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_sums_token_level_maps_beyond_float32(dtype, device):
+    q, k = (1e-2 * torch.randn(8, 4, 33, 8).to(device, dtype) for _ in range(2))
+    real = draw_padding("tail", 8, 33).to(device)
+    ones = torch.ones(33, dtype=torch.float64, device=device)
+    from spion_ds.attention import triton_maps
+
+    sums = []
+    for count in (1, 8):
+        parts = zip(*(x.chunk(count) for x in (q, k, real)), strict=True)
+        requests = (MapRequest(*part[:2], ones, part[2], False, 0.4) for part in parts)
+        sums.append(sum(triton_maps.block_sums_triton(request) for request in requests))
+    assert torch.equal(sums[0].float(), sums[1].float())
+    # Sums of 32 float32 numbers, of which half round at every addition.
+    assert relative_error(*sums) < 1e-12
+
+
+@needs_triton
 def test_triton_says_what_it_cannot_do():
     from spion_ds.attention import triton_maps
 
