@@ -22,7 +22,7 @@ class AcceleratedForward:
     """The forward pass of training steps; evaluation keeps the model's own.
 
     A replay runs no Python: what attention sees in it, patterns learn from and observers look at
-    afterwards, where the graph wrote it. Without a graph, an observed pass is the model's own.
+    afterwards, where the graph wrote it. Without such a graph, an observed pass is the model's own.
 
     Args:
         model: the module that trains, already on its device; its parameters stay as they are.
@@ -31,8 +31,10 @@ class AcceleratedForward:
             the torch backend, that of no usual case, the graph breaks at each attention.)
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
             replayed from then on. Shapes must then stay the same.
-        observes: whether dense steps may come with observers. A graph then keeps the queries and
-            keys of all layers to the end of the step.
+        observes: whether dense steps may come with observers. A graph then keeps queries and keys
+            of all layers to the end of each dense step, and with learned positions the values too,
+            which share their memory. With activation checkpointing that would be most of what a
+            step keeps: there an observed step is the model's own.
         keeps_gradients: whether a parameter may keep a gradient until the next replay. Otherwise it
             has the graph's own memory as its gradient, and needs no copy of it.
         before_capture: called before a capture; from then to its end no other thread may allocate
@@ -76,10 +78,10 @@ class AcceleratedForward:
         phase = "sparse" if sparse else "dense"
         if self.cuda_graph and self._captured != phase:
             self._capture(phase, inputs)
-        if not self.cuda_graph:
+        plain = self._forward is None or (bool(observers) and not self._seen)
+        if plain:
             for attention, observer in zip(self.model.attentions, observers, strict=False):
                 attention.observer = observer
-        if self._forward is None or (observers and not self.cuda_graph):
             yield
             return
         # Past nn.Module's own attributes, which would make a submodule of it.
@@ -94,10 +96,14 @@ class AcceleratedForward:
             self.model.learn_patterns(self._seen)
 
     def _capture(self, phase: str, inputs: tuple[Tensor, ...]) -> None:
-        self._forward, self._seen = None, []  # the other phase's graph and its memory
+        # The other phase's graph and its memory; what replays it refers to itself.
+        if isinstance(self._forward, _Own):
+            vars(self._forward).pop("forward", None)
+        self._forward, self._seen = None, []
         model, module = self.model, _Own(self.model, self._compiled)
         learns = model.learns_patterns
-        model.keeps_seen = phase == "dense" and (self._observes or learns)
+        watched = self._observes and not model.config.activation_checkpointing
+        model.keeps_seen = phase == "dense" and (learns or watched)
         self._before_capture()
         # Replaces module.forward. What only patterns learn with has no part in it.
         torch.cuda.make_graphed_callables(module, inputs, allow_unused_input=learns)

@@ -12,8 +12,10 @@ from spion_ds.training.ranks import Ranks
 
 # An entry of a layer's map on every rank: its float64 sum.
 _BYTES_A_RANK = 8
-# On rank 0 beside it, in float32: the mean, the rule's map before, and that map being replaced.
-_BYTES_OF_THE_RULE = 12
+# Beside it while one layer's map is added: a micro-batch's, and what it is made of.
+_BYTES_ON_THE_WAY = 16
+# On rank 0, in float32: the rule's map before; at its end the mean, and that map being replaced.
+_BYTES_BEFORE, _BYTES_OF_THE_RULE = 4, 12
 _WORTH_SAYING = 1 << 30
 
 
@@ -26,8 +28,10 @@ def token_map_bytes(config: RunConfig, ranks_on_device: int = 1) -> int:
     """
     if not config.switches or config.transition.resolution != "token":
         return 0
-    entries = config.model.layers * config.data.sequence_length**2
-    return entries * (_BYTES_A_RANK * ranks_on_device + _BYTES_OF_THE_RULE)
+    layers, ranks = config.model.layers, ranks_on_device
+    while_added = layers * _BYTES_BEFORE + ranks * _BYTES_ON_THE_WAY
+    beside = max(while_added, layers * _BYTES_OF_THE_RULE)
+    return config.data.sequence_length**2 * (layers * _BYTES_A_RANK * ranks + beside)
 
 
 def check_map_memory(config: RunConfig, ranks: Ranks) -> str:

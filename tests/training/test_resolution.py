@@ -102,12 +102,14 @@ def test_large_token_level_maps_are_told_before_training() -> None:
         overrides = [f"data.sequence_length={length}", *more]
         return build_run_config(recipe, {}, overrides, world_size=2, device_type="cpu")
 
-    assert check_map_memory(config(4096), ranks) == ""
-    # Two layers: float64 sums on each of the two ranks, three float32 maps on the first.
-    assert token_map_bytes(config(8192), 2) == 2 * 8192**2 * (2 * 8 + 3 * 4)
-    assert "3.5 GiB at a check" in check_map_memory(config(8192), ranks)
+    assert check_map_memory(config(2048), ranks) == ""
+    # Two layers: float64 sums on each rank, three float32 maps on the first; or one on the first
+    # and, while a layer's are made, two float64 maps more on each of the ranks.
+    assert token_map_bytes(config(8192), 1) == 2 * 8192**2 * (8 + 3 * 4)
+    assert token_map_bytes(config(8192), 2) == 8192**2 * (2 * (2 * 8 + 4) + 2 * 16)
+    assert "4.5 GiB at a check" in check_map_memory(config(8192), ranks)
     assert check_map_memory(config(2**21, *BLOCK), ranks) == ""
     sat = check_map_memory(config(8192, "sparse_attention.mode=sat"), ranks)
     assert "keeps queries and keys instead, though the rule may fire at another step" in sat
-    with pytest.raises(ConfigError, match=r"229376\.0 GiB at a check, and the cpu has"):
+    with pytest.raises(ConfigError, match=r"294912\.0 GiB at a check, and the cpu has"):
         check_map_memory(config(2**21), ranks)

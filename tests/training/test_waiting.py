@@ -80,3 +80,10 @@ def test_the_switch_comes_when_the_model_has_learned(tmp_path: Path) -> None:
     drive("python", 1, resumed, tmp_path)
     assert losses(runs / "stopped") == losses(runs / "waits")
     assert rows(runs / "stopped", "switch") == [switch]
+
+
+@pytest.mark.ranks
+def test_a_gain_that_no_model_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"min_gain_percent is 95.0; allowed: below"):
+        drive("python", 1, [{"overrides": [*EAGER, "transition.min_gain_percent=95"]}], tmp_path)
+    assert not list((tmp_path / "runs").glob("*/checkpoints/step-*"))
