@@ -130,7 +130,7 @@ def _request(
     scale: float | None,
 ) -> MapRequest:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return MapRequest(q.detach(), k.detach(), row_weights, key_padding_mask, causal, scale)
+    return MapRequest(q, k, row_weights, key_padding_mask, causal, scale)
 
 
 def _row_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:

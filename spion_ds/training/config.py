@@ -124,8 +124,21 @@ class TransitionConfig:
             accuracy: best one of the validation split so far, in [0, 1]; below 0 for none yet.
             majority: that of always naming the most frequent class.
         """
-        waits = self.rule != "fixed" and self.min_gain_percent > 0.0
-        return waits and 100.0 * (accuracy - majority) < self.min_gain_percent
+        return self._waits and 100.0 * (accuracy - majority) < self.min_gain_percent
+
+    def check_gain(self, majority: float) -> None:
+        """Raise ConfigError if no model can be so much better than the majority class."""
+        most = 100.0 * (1.0 - majority)
+        require(
+            not self._waits or self.min_gain_percent < most,
+            "transition.min_gain_percent",
+            self.min_gain_percent,
+            f"below {most:g}, or 0: the majority class has {majority:.1%} of the validation split",
+        )
+
+    @property
+    def _waits(self) -> bool:
+        return self.rule != "fixed" and self.min_gain_percent > 0.0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from spion_ds.data import Dataset, get_task
+from spion_ds.data.baselines import majority_baseline
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoint import check_harmless, load_state
@@ -141,6 +142,9 @@ def train(options: TrainOptions) -> None:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
         agreement.from_first(lambda: check_readable(config, dataset))
+        if config.switches:
+            majority = majority_baseline(dataset.train, dataset.validation)
+            config.transition.check_gain(majority)
         if ranks.is_first and config.switches:
             _compile_operators(ranks)
         folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))

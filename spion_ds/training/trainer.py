@@ -19,7 +19,6 @@ from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.listops_levels import subexpression_values
 from spion_ds.errors import SpionError
 from spion_ds.models import set_masks
-from spion_ds.settings import require
 from spion_ds.sparsity import SwitchingSparsityConfig
 from spion_ds.training.acceleration import AcceleratedForward
 from spion_ds.training.augmentation import make_augmentation
@@ -119,13 +118,6 @@ class Trainer:
         self.rule = config.transition.build()
         self._majority = majority_baseline(dataset.train, dataset.validation)
         self._told_held = False
-        most = 100.0 * (1.0 - self._majority)
-        require(
-            config.transition.min_gain_percent < most,
-            "transition.min_gain_percent",
-            config.transition.min_gain_percent,
-            f"below {most:g}: the majority class has {self._majority:.1%} of the validation split",
-        )
         sparsity = [attention.sparsity_config for attention in self.model.attentions]
         if resume is not None:
             self._resume(resume)

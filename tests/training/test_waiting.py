@@ -8,6 +8,7 @@ import pytest
 
 from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.cache import open_cache
+from spion_ds.errors import ConfigError
 from spion_ds.training.config import TransitionConfig
 from tests.training.launching import drive, losses, rows
 
@@ -18,14 +19,13 @@ EAGER = [
     *("transition.check_every=1", "transition.threshold_percent=100"),
     *("transition.max_dense_steps=null", "training.steps=28", "training.evaluate_every=4"),
     *("data.min_length=5", "data.max_length=24", "data.max_depth=3", "data.sequence_length=32"),
+    *("data.train=2000", "data.validation=100", "training.batch_size=32", "optimizer.lr=2e-2"),
     *(
-        "optimizer.lr=2e-2",
-        "data.train=2000",
-        "data.validation=100",
-        "training.batch_size=32",
         "model.dim=32",
+        "model.dropout=0",
+        "model.attention_dropout=0",
+        "sparse_attention.filter_size=3",
     ),
-    *("model.dropout=0", "model.attention_dropout=0", "sparse_attention.filter_size=3"),
 ]
 
 
@@ -86,4 +86,13 @@ def test_the_switch_comes_when_the_model_has_learned(tmp_path: Path) -> None:
 def test_a_gain_that_no_model_can_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"min_gain_percent is 95.0; allowed: below"):
         drive("python", 1, [{"overrides": [*EAGER, "transition.min_gain_percent=95"]}], tmp_path)
-    assert not list((tmp_path / "runs").glob("*/checkpoints/step-*"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_only_a_rule_that_waits_needs_a_gain_that_can_be_had() -> None:
+    # All of a few validation samples may be of one class.
+    TransitionConfig().check_gain(1.0)
+    TransitionConfig(rule="fixed", switch_step=9, min_gain_percent=2.0).check_gain(1.0)
+    TransitionConfig(min_gain_percent=2.0).check_gain(0.97)
+    with pytest.raises(ConfigError, match=r"min_gain_percent is 2.0; allowed: below 1.5, or 0"):
+        TransitionConfig(min_gain_percent=2.0).check_gain(0.985)
