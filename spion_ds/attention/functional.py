@@ -161,14 +161,15 @@ def _implementation(backend: str) -> Callable[..., Tensor]:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ConfigError(
             "q is (batch, heads, L, head_dim) and k, v (batch, kv_heads, M, head_dim); "
-            f"got {shapes}"
+            f"got {_shapes(q, k, v)}"
         )
     if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1] != 0:
-        raise ConfigError(f"q and k share head_dim, and k's heads divide q's; got {shapes}")
+        raise ConfigError(
+            f"q and k share head_dim, and k's heads divide q's; got {_shapes(q, k, v)}"
+        )
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ConfigError(
             f"q, k and v share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -185,6 +186,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | N
         )
     if key_padding_mask.device != q.device:
         raise ConfigError(f"key_padding_mask is on {key_padding_mask.device}, q on {q.device}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> None:

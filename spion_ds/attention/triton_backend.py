@@ -252,9 +252,13 @@ def _launch(
         threshold, scale = keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     if padding is not None:
         padding = padding.view(torch.uint8)
-    strides = [x.stride() for x in strided]
+    views, usual = [], True
+    for x in strided:
+        batch, head, token, _ = x.stride()
+        views.append((x, batch, head, token))
+        usual = usual and (x.data_ptr() | batch | head | token) % 16 == 0 and batch < 2**31
     arguments = (
-        *[(x, *stride[:3]) for x, stride in zip(strided, strides, strict=True)],
+        *views,
         *data,
         *(padding, dropout_key, threshold, scale),
         *numbers,
@@ -262,10 +266,6 @@ def _launch(
     )
     present = (padding is None, dropout_key is None, *[x is None for x in data])
     key = (strided[0].dtype, present, constants, tiles)
-    usual = all(
-        x.data_ptr() % 16 == 0 and (batch | head | token) % 16 == 0 and batch < 2**31
-        for x, (batch, head, token, _) in zip(strided, strides, strict=True)
-    )
     _start(kernel, key, programs, arguments, _options(tiles), strided[0], usual)
 
 
@@ -291,13 +291,26 @@ def _start(
         return
     key = (kernel.__name__, device.index, *key)
     compiled = _compiled.get(key)
-    if compiled is not None and usual:
-        compiled[(programs, 1, 1)](*arguments)
+    if compiled is not None and usual and not _hooked():
+        # What compiled[(programs, 1, 1)](*arguments) comes to, without hooks and their metadata.
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
         return
     compiled = kernel[(programs,)](*arguments, **options)
     # Triton compiles for alignment and for strides of more than 32 bits; only one case is kept.
     if usual and compiled is not None:
         _compiled[key] = compiled
+
+
+def _hooked() -> bool:
+    """Return whether somebody, such as a profiler, wants to hear of Triton's launches."""
+    runtime = triton.knobs.runtime
+    # Older releases have a function or None there, newer ones always a chain of functions.
+    return any(
+        getattr(hook, "calls", hook)
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    )
 
 
 def _options(tiles: Tiles) -> dict[str, int]:

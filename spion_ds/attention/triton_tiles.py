@@ -6,6 +6,7 @@ time, never correctness.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -134,6 +135,7 @@ TABLE["both_dropout"] = {
 MAX_HEAD_DIM = max(TABLE["fwd"])
 
 
+@functools.cache
 def choose_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """Return how ``kernel``, a key of the table, cuts blocks of ``block`` tokens."""
     if dtype == torch.float32:
@@ -143,6 +145,7 @@ def choose_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> 
     return table[next(width for width in table if head_dim <= width)][block]
 
 
+@functools.cache
 def find_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> Tiles | None:
     """Return how ``kernel`` cuts blocks, None where the table has no tiles for this head_dim."""
     if dtype == torch.float32 or head_dim > max(TABLE[kernel]):

@@ -142,6 +142,33 @@ def test_a_new_layout_compiles_nothing(device, monkeypatch):
     assert len(compiled) == 3
 
 
+@pytest.mark.gpu
+@needs_gpu
+@needs_triton
+def test_a_profilers_hook_hears_of_every_launch(device):
+    import triton
+
+    # Float32 takes a launch for the forward pass and two for the backward one.
+    q, k, v = (torch.randn(1, 2, 128, 16, device=device, requires_grad=True) for _ in range(3))
+    layout = BlockLayout.from_mask(torch.ones(2, 2), 64).to(device)
+    heard = []
+
+    def hear(metadata):
+        heard.append(metadata.get()["name"])
+
+    hooks = triton.knobs.runtime.launch_enter_hook
+    for _ in range(2):
+        block_sparse_attention(q, k, v, layout, backend="triton").sum().backward()
+    hooks.add(hear)
+    try:
+        block_sparse_attention(q, k, v, layout, backend="triton").sum().backward()
+    finally:
+        hooks.remove(hear)
+    block_sparse_attention(q, k, v, layout, backend="triton").sum().backward()
+    attention = [name for name in heard if name.startswith("block_sparse_attention")]
+    assert len(attention) == 3, heard
+
+
 def peak_bytes(attend, tensors, grad) -> int:
     """Most memory that a forward and backward pass held, beyond its arguments."""
     torch.autograd.grad(attend(*tensors), tensors, grad)  # compiles, and allocates workspaces
