@@ -16,14 +16,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spion_ds.attention.triton_dropout import combine, kept
+from spion_ds.attention.triton_dropout import kept
+from spion_ds.attention.triton_tokens import (
+    allowed_entries,
+    count_below,
+    load_sums,
+    load_tokens,
+    partner_tokens,
+    plain_tiles,
+    real_span,
+    row_keys,
+    store_tokens,
+    tile_count,
+)
 
 # Below every score yet finite, so that a row that has met no key yet is no special case.
 _LOWEST = tl.constexpr(-1.0e30)
-# Entries of a list that are counted at a time.
-_LANES = tl.constexpr(128)
-# A token position past the end of every sequence.
-_NOWHERE = tl.constexpr(2**31 - 1)
 
 # Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
 # length then needs no other kernel.
@@ -105,33 +113,33 @@ def block_sparse_attention_fwd_kernel(
     start, stop = tl.load(layout_row), tl.load(layout_row + 1)
     whole = stop - start
     if padding_ptr is not None:
-        whole, stop = _real_span(col_idx, start, stop, spans_ptr + 2 * b)
+        whole, stop = real_span(col_idx, start, stop, spans_ptr + 2 * b)
         if SKIP_PADDED:
             stop = tl.where(part // parts < tl.load(spans_ptr + 2 * b + 1), stop, start)
 
-    q_OD = _load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    q_OD = load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     if padding_ptr is not None:
         padding_ptr += b * keys
     if dropout_ptr is not None:
-        row_keys_O = _row_keys(tl.load(dropout_ptr + b), h, rows_O)
+        row_keys_O = row_keys(tl.load(dropout_ptr + b), h, rows_O)
 
     top_O = tl.full((OWN,), _LOWEST, tl.float32)  # of the unscaled scores
     total_O = tl.zeros((OWN,), tl.float32)
     masked_O = tl.zeros((OWN,), tl.int32)  # entries of kept blocks that do not exist
     out_OD = tl.zeros((OWN, D), tl.float32)
-    tiles = _tile_count(stop - start, BLOCK, TILE)
-    plain = _plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
+    tiles = tile_count(stop - start, BLOCK, TILE)
+    plain = plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
     for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
         # The last tiles may hold padding, keys past the sequence or the list, and, under CAUSAL,
         # past the queries; the ones before them nothing to mask.
         for tile in range(plain if ends else 0, tiles if ends else plain):
-            first, others_T = _partners(col_idx, start, stop, tile, BLOCK, TILE)
-            k_TD = _load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
-            v_TD = _load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            first, others_T = partner_tokens(col_idx, start, stop, tile, BLOCK, TILE)
+            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
             tokens_T = first + others_T
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             if ends:
-                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
                 scores_OT = tl.where(allowed_OT, scores_OT, float("-inf"))
                 if PRUNED_ZERO:
                     masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)
@@ -171,7 +179,7 @@ def block_sparse_attention_fwd_kernel(
     has_any_O = has_any_O & (rows_O < queries)
     lse_O = tl.where(has_any_O, shift_O + tl.log2(total_O), float("inf"))
     tl.store(lse_ptr + (b * heads + h) * num_rows * BLOCK + rows_O, lse_O)
-    _store_tokens(out, b, h, own, lane_O, queries, out_OD, HEAD_DIM, D)
+    store_tokens(out, b, h, own, lane_O, queries, out_OD, HEAD_DIM, D)
 
 
 @triton.jit(do_not_specialize=_DATA)
@@ -261,7 +269,7 @@ def block_sparse_attention_bwd_kernel(
         start, stop = tl.load(layout_row), tl.load(layout_row + 1)
         whole = stop - start
         if padding_ptr is not None:
-            whole, stop = _real_span(col_idx, start, stop, spans_ptr)
+            whole, stop = real_span(col_idx, start, stop, spans_ptr)
             if SKIP_PADDED:
                 stop = tl.where(block < reach, stop, start)
         _write_dq(
@@ -312,8 +320,8 @@ def block_sparse_attention_bwd_kernel(
                     real_O = tl.load(padding_ptr + own_O, mask=own_O < keys, other=0) != 0
                     dk_OD = tl.where(real_O[:, None], dk_OD, 0.0)
                     dv_OD = tl.where(real_O[:, None], dv_OD, 0.0)
-                _store_tokens(dk, b, kv_head, own, lane_O, keys, dk_OD * scale, HEAD_DIM, D)
-                _store_tokens(dv, b, kv_head, own, lane_O, keys, dv_OD, HEAD_DIM, D)
+                store_tokens(dk, b, kv_head, own, lane_O, keys, dk_OD * scale, HEAD_DIM, D)
+                store_tokens(dv, b, kv_head, own, lane_O, keys, dv_OD, HEAD_DIM, D)
 
 
 @triton.jit
@@ -345,29 +353,29 @@ def _write_dq(
     queries, keys, scale, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     rows_O = own + lane_O
-    q_OD = _load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
-    out_OD = _load_tokens(out, b, h, own, lane_O, queries, True, HEAD_DIM, D)
-    grad_OD = _load_tokens(grad, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    q_OD = load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    out_OD = load_tokens(out, b, h, own, lane_O, queries, True, HEAD_DIM, D)
+    grad_OD = load_tokens(grad, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     delta_O = tl.sum(out_OD.to(tl.float32) * grad_OD.to(tl.float32), axis=1)
     if delta_ptr is not None:
         tl.store(delta_ptr + rows_O, delta_O)
     lse_O = tl.load(lse_ptr + rows_O)
     if dropout_ptr is not None:
-        row_keys_O = _row_keys(tl.load(dropout_ptr), h, rows_O)
+        row_keys_O = row_keys(tl.load(dropout_ptr), h, rows_O)
 
     dq_OD = tl.zeros((OWN, D), tl.float32)
-    tiles = _tile_count(stop - start, BLOCK, TILE)
-    plain = _plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
+    tiles = tile_count(stop - start, BLOCK, TILE)
+    plain = plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
     for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
         for tile in range(plain if ends else 0, tiles if ends else plain):
-            first, others_T = _partners(col_idx, start, stop, tile, BLOCK, TILE)
-            k_TD = _load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
-            v_TD = _load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            first, others_T = partner_tokens(col_idx, start, stop, tile, BLOCK, TILE)
+            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
             tokens_T = first + others_T
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             probs_OT = tl.exp2(scores_OT * scale_log2 - lse_O[:, None])
             if ends:
-                allowed_OT = _allowed(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
                 probs_OT = tl.where(allowed_OT, probs_OT, 0.0)
             dprobs_OT = tl.dot(grad_OD, tl.trans(v_TD), input_precision=PRECISION)
             if dropout_ptr is not None:
@@ -375,7 +383,7 @@ def _write_dq(
                 dprobs_OT = tl.where(keep_OT, dprobs_OT * dropout_scale, 0.0)
             dscores_OT = (probs_OT * (dprobs_OT - delta_O[:, None])).to(k_TD.dtype)
             dq_OD = tl.dot(dscores_OT, k_TD, dq_OD, input_precision=PRECISION)
-    _store_tokens(dq, b, h, own, lane_O, queries, dq_OD * scale, HEAD_DIM, D)
+    store_tokens(dq, b, h, own, lane_O, queries, dq_OD * scale, HEAD_DIM, D)
 
 
 @triton.jit
@@ -412,8 +420,8 @@ def _sum_dk_dv(
     heads, padded, queries, keys, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     own_O = own + lane_O
-    k_OD = _load_tokens(k, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
-    v_OD = _load_tokens(v, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
+    k_OD = load_tokens(k, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
+    v_OD = load_tokens(v, b, kv_head, own, lane_O, keys, True, HEAD_DIM, D)
     dk_OD = tl.zeros((OWN, D), tl.float32)
     dv_OD = tl.zeros((OWN, D), tl.float32)
     if dropout_ptr is not None:
@@ -425,23 +433,23 @@ def _sum_dk_dv(
         length = tl.where(column < reach, length - begin, 0)
         start, stop = begin + length * piece // pieces, begin + length * (piece + 1) // pieces
         if SKIP_PADDED:
-            stop = start + _count_below(row_idx, start, stop, reach)
+            stop = start + count_below(row_idx, start, stop, reach)
         row_sums = (b * heads + h) * padded
-        tiles = _tile_count(stop - start, BLOCK, TILE)
+        tiles = tile_count(stop - start, BLOCK, TILE)
         plain = tl.maximum(tiles - TAIL, 0)
         for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
             for tile in range(plain if ends else 0, tiles if ends else plain):
-                first, others_T = _partners(row_idx, start, stop, tile, BLOCK, TILE)
-                q_TD = _load_tokens(q, b, h, first, others_T, queries, ends, HEAD_DIM, D)
-                grad_TD = _load_tokens(grad, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                first, others_T = partner_tokens(row_idx, start, stop, tile, BLOCK, TILE)
+                q_TD = load_tokens(q, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                grad_TD = load_tokens(grad, b, h, first, others_T, queries, ends, HEAD_DIM, D)
                 rows_T = first + others_T
                 # Rows that do not exist have lse = +inf, so probability 0.
-                lse_T = _load_sums(lse_ptr + row_sums, first, others_T, padded, ends, float("inf"))
+                lse_T = load_sums(lse_ptr + row_sums, first, others_T, padded, ends, float("inf"))
                 if delta_ptr is None:
-                    out_TD = _load_tokens(out, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                    out_TD = load_tokens(out, b, h, first, others_T, queries, ends, HEAD_DIM, D)
                     delta_T = tl.sum(out_TD.to(tl.float32) * grad_TD.to(tl.float32), axis=1)
                 else:
-                    delta_T = _load_sums(delta_ptr + row_sums, first, others_T, padded, ends, 0.0)
+                    delta_T = load_sums(delta_ptr + row_sums, first, others_T, padded, ends, 0.0)
                 scores_OT = tl.dot(k_OD, tl.trans(q_TD), input_precision=PRECISION)
                 probs_OT = tl.exp2(scores_OT * scale_log2 - lse_T[None, :])
                 if CAUSAL:
@@ -449,7 +457,7 @@ def _sum_dk_dv(
                 dprobs_OT = tl.dot(v_OD, tl.trans(grad_TD), input_precision=PRECISION)
                 dropped_OT = probs_OT
                 if dropout_ptr is not None:
-                    row_keys_T = _row_keys(dropout_key, h, rows_T)
+                    row_keys_T = row_keys(dropout_key, h, rows_T)
                     keep_OT = kept(row_keys_T[None, :], own_O[:, None], threshold)
                     dprobs_OT = tl.where(keep_OT, dprobs_OT * dropout_scale, 0.0)
                     dropped_OT = tl.where(keep_OT, probs_OT * dropout_scale, 0.0)
@@ -493,181 +501,3 @@ def _add_sums(
         dk_OD += tl.load(sums, cache_modifier=".cg")
         dv_OD += tl.load(sums + BLOCK * D, cache_modifier=".cg")
     return dk_OD, dv_OD
-
-
-@triton.jit
-def _load_sums(
-    pointer: tl.tensor,
-    first: tl.tensor,
-    others: tl.tensor,
-    padded: tl.tensor,
-    MASK: tl.constexpr,
-    OTHER: tl.constexpr,
-) -> tl.tensor:
-    """Return row sums of the tokens ``first`` + ``others``, with MASK OTHER past the last block."""
-    if MASK:
-        sums = tl.load(pointer + first + others, mask=first + others < padded, other=OTHER)
-    else:
-        sums = tl.load(pointer + first + others)
-    return sums
-
-
-@triton.jit
-def _count_below(
-    indices: tl.tensor, start: tl.tensor, stop: tl.tensor, limit: tl.tensor
-) -> tl.tensor:
-    """Return how many of the entries from ``start`` to ``stop`` are below ``limit``."""
-    lane = tl.arange(0, _LANES)
-    count = tl.zeros((_LANES,), tl.int32)
-    for first in range(start, stop, _LANES):
-        inside = first + lane < stop
-        index = tl.load(indices + first + lane, mask=inside, other=0)
-        count += (inside & (index < limit)).to(tl.int32)
-    return tl.sum(count)
-
-
-@triton.jit
-def _real_span(
-    indices: tl.tensor, start: tl.tensor, stop: tl.tensor, spans_ptr: tl.tensor
-) -> tl.tuple:
-    """Return how many first entries are blocks without padding, and where the real keys end."""
-    whole = _count_below(indices, start, stop, tl.load(spans_ptr))
-    return whole, start + _count_below(indices, start, stop, tl.load(spans_ptr + 1))
-
-
-@triton.jit
-def _plain_tiles(
-    tiles: tl.tensor,
-    whole: tl.tensor,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    TAIL: tl.constexpr,
-) -> tl.tensor:
-    """Return how many first tiles have nothing to mask; ``whole`` blocks have no padding."""
-    unpadded = whole * (BLOCK // TILE) if TILE <= BLOCK else whole // (TILE // BLOCK)
-    return tl.minimum(tl.maximum(tiles - TAIL, 0), unpadded)
-
-
-@triton.jit
-def _tile_count(blocks: tl.tensor, BLOCK: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
-    """Return how many tiles hold ``blocks`` kept blocks."""
-    return blocks * (BLOCK // TILE) if TILE <= BLOCK else tl.cdiv(blocks, TILE // BLOCK)
-
-
-@triton.jit
-def _partners(
-    indices: tl.tensor,
-    start: tl.tensor,
-    stop: tl.tensor,
-    tile: tl.tensor,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-) -> tl.tuple:
-    """Return the first token of a tile and the further ones relative to it, (TILE,).
-
-    A tile of several gathered blocks has first token 0 and positions, _NOWHERE past the list.
-    """
-    lane = tl.arange(0, TILE)
-    if TILE <= BLOCK:
-        parts: tl.constexpr = BLOCK // TILE
-        first = tl.load(indices + start + tile // parts) * BLOCK + (tile % parts) * TILE
-        others = lane
-    else:
-        entry = start + tile * (TILE // BLOCK) + lane // BLOCK
-        block = tl.load(indices + entry, mask=entry < stop, other=0)
-        first = tl.zeros((), tl.int32)
-        others = tl.where(entry < stop, block * BLOCK + lane % BLOCK, _NOWHERE).to(tl.int64)
-    return first, others
-
-
-@triton.jit
-def _allowed(
-    rows_O: tl.tensor,
-    tokens_T: tl.tensor,
-    keys: tl.tensor,
-    padding_ptr: tl.tensor,
-    CAUSAL: tl.constexpr,
-) -> tl.tensor:
-    """Return which entries of a tile exist, (1, T), or (O, T) with CAUSAL."""
-    allowed_T = tokens_T < keys
-    if padding_ptr is not None:
-        allowed_T = allowed_T & (tl.load(padding_ptr + tokens_T, mask=allowed_T, other=0) != 0)
-    allowed = allowed_T[None, :]
-    if CAUSAL:
-        allowed = allowed & (tokens_T[None, :] <= rows_O[:, None])
-    return allowed
-
-
-@triton.jit
-def _load_tokens(
-    x: tl.tuple,
-    b: tl.tensor,
-    h: tl.tensor,
-    first: tl.tensor,
-    others: tl.tensor,
-    length: tl.tensor,
-    MASK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-) -> tl.tensor:
-    """Return the tokens ``first`` + ``others`` of head ``h``, (tokens, D), 0 past head_dim.
-
-    With MASK also 0 past the sequence; without, all tokens must be inside it.
-    """
-    pointers, column = _locate(x, b, h, first, others, D)
-    if MASK and HEAD_DIM < D:
-        mask = (first + others < length)[:, None] & (column < HEAD_DIM)
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    elif MASK:
-        tile = tl.load(pointers, mask=(first + others < length)[:, None], other=0.0)
-    elif HEAD_DIM < D:
-        tile = tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
-    else:
-        tile = tl.load(pointers)
-    return tile
-
-
-@triton.jit
-def _store_tokens(
-    x: tl.tuple,
-    b: tl.tensor,
-    h: tl.tensor,
-    first: tl.tensor,
-    others: tl.tensor,
-    length: tl.tensor,
-    values: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-) -> None:
-    """Write (tokens, D) of head ``h`` in the target's dtype, nothing past the sequence."""
-    pointers, column = _locate(x, b, h, first, others, D)
-    mask = (first + others < length)[:, None]
-    if HEAD_DIM < D:
-        mask = mask & (column < HEAD_DIM)
-    tl.store(pointers, values.to(x[0].dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _locate(
-    x: tl.tuple,
-    b: tl.tensor,
-    h: tl.tensor,
-    first: tl.tensor,
-    others: tl.tensor,
-    D: tl.constexpr,
-) -> tl.tuple:
-    """Return pointers (tokens, D) into (pointer, strides of batch, head, token), and columns.
-
-    Offsets that can pass 2^31 elements are int64: those of gathered positions and of first tokens.
-    Those relative to a first token are not, and are the same in every tile.
-    """
-    column = tl.arange(0, D)[None, :]
-    # b and h are int64 here.
-    start = x[0] + b * x[1] + h * x[2] + first.to(tl.int64) * x[3]
-    return start + others[:, None] * x[3] + column, column
-
-
-@triton.jit
-def _row_keys(sample_key: tl.tensor, h: tl.tensor, rows: tl.tensor) -> tl.tensor:
-    """Return the dropout key of each query row, uint32."""
-    return combine(combine(sample_key.to(tl.uint32, bitcast=True), h), rows)
