@@ -59,7 +59,12 @@ class AcceleratedForward:
         if compile:
             # What this process compiled for other models counts towards a limit of eight.
             torch.compiler.reset()
-            self._compiled = torch.compile(_Own(model), dynamic=False, backend=backend)
+            # TorchInductor would choose between kernels that add up in different orders by timing
+            # them: another run of the same seed would round otherwise.
+            options = {"deterministic": True} if backend == "inductor" else None
+            self._compiled = torch.compile(
+                _Own(model), dynamic=False, backend=backend, options=options
+            )
         self._forward = self._compiled
         self._captured: str | None = None  # the phase that the graph is of
         self._seen: list[Seen] = []  # what attention sees in it
