@@ -61,7 +61,9 @@ class AcceleratedForward:
             torch.compiler.reset()
             # TorchInductor would choose between kernels that add up in different orders by timing
             # them: another run of the same seed would round otherwise.
-            options = {"deterministic": True} if backend == "inductor" else None
+            options: dict[str, Any] | None = None
+            if backend == "inductor":
+                options = {"deterministic": True}
             self._compiled = torch.compile(
                 _Own(model), dynamic=False, backend=backend, options=options
             )
