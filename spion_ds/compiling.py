@@ -152,6 +152,10 @@ class Library:
             os.replace(built, path)
 
 
+# nvcc's, beside those of PyTorch: wgmma is of this architecture alone.
+HOPPER_FLAGS = ("-O3", "-gencode=arch=compute_90a,code=sm_90a")
+
+
 def _compile_operators(sources: list[Path], output: Path) -> None:
     """Compile operators that are registered with PyTorch in C++."""
     from torch.utils import cpp_extension
@@ -164,7 +168,7 @@ def _compile_operators(sources: list[Path], output: Path) -> None:
             # Ninja compiles as many at a time as there are processors, or MAX_JOBS.
             sources=[str(source) for source in sources],
             extra_cflags=["-O3", "-fopenmp"],
-            extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
+            extra_cuda_cflags=list(HOPPER_FLAGS),
             extra_ldflags=["-fopenmp", *_shared_standard_library()],
             build_directory=str(output.parent),
             with_cuda=any(source.suffix == ".cu" for source in sources),

@@ -266,7 +266,7 @@ def _launch(
     )
     present = (padding is None, dropout_key is None, *[x is None for x in data])
     key = (strided[0].dtype, present, constants, tiles)
-    _start(kernel, key, programs, arguments, _options(tiles), strided[0], usual)
+    _start(kernel, key, programs, arguments, tiles.launch, strided[0], usual)
 
 
 def _start(
@@ -311,12 +311,6 @@ def _hooked() -> bool:
         getattr(hook, "calls", hook)
         for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
     )
-
-
-def _options(tiles: Tiles) -> dict[str, int]:
-    """Return Triton's launch options."""
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return options if tiles.max_registers is None else {**options, "maxnreg": tiles.max_registers}
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A program owns OWN tokens of one block (keys where it writes dK and dV, else queries) and
 walks over the block's kept partners, TILE tokens at a time: a part of a block, a block, or several
 blocks gathered. Scores are in base 2: log2(e) is part of their scale. The backward pass draws the
-probabilities again from the saved log-sum-exp. No atomics, so the same inputs give the same bits.
+probabilities again from the saved log-sum-exp. Sums are in a fixed order: the same inputs give the
+same bits.
 An argument that is None is compiled out: padding_ptr without padding, dropout_ptr without dropout.
 
 Shape suffixes: B batch, H heads, L queries, M keys, O own tokens, T tokens of a tile, D head_dim
@@ -18,6 +19,7 @@ import triton.language as tl
 
 from spion_ds.attention.triton_dropout import kept
 from spion_ds.attention.triton_tokens import (
+    LOWEST,
     allowed_entries,
     count_below,
     load_sums,
@@ -29,9 +31,6 @@ from spion_ds.attention.triton_tokens import (
     store_tokens,
     tile_count,
 )
-
-# Below every score yet finite, so that a row that has met no key yet is no special case.
-_LOWEST = tl.constexpr(-1.0e30)
 
 # Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
 # length then needs no other kernel.
@@ -123,7 +122,7 @@ def block_sparse_attention_fwd_kernel(
     if dropout_ptr is not None:
         row_keys_O = row_keys(tl.load(dropout_ptr + b), h, rows_O)
 
-    top_O = tl.full((OWN,), _LOWEST, tl.float32)  # of the unscaled scores
+    top_O = tl.full((OWN,), LOWEST, tl.float32)  # of the unscaled scores
     total_O = tl.zeros((OWN,), tl.float32)
     masked_O = tl.zeros((OWN,), tl.int32)  # entries of kept blocks that do not exist
     out_OD = tl.zeros((OWN, D), tl.float32)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Below every score yet finite, so that a row that has met no key yet is no special case.
-_LOWEST = tl.constexpr(-1.0e30)
+from spion_ds.attention.triton_tokens import LOWEST
+
 # Above every score: makes the probabilities of a row that is left out 0, however large its scores.
 _HIGHEST = tl.constexpr(1.0e30)
 # Programs that run at the same time share this many row tiles, so that few keys are read at a time.
@@ -57,7 +57,7 @@ def attention_map_softmax_kernel(
         padding_ptr += b * length
         end = tl.load(ends_ptr + b)
         end = tl.where(tl.program_id(0) * R < end, end, 0)
-    top_R = tl.full((R,), _LOWEST, tl.float32)
+    top_R = tl.full((R,), LOWEST, tl.float32)
     total_R = tl.zeros((R,), tl.float32)
     seen = tl.minimum(end, tl.program_id(0) * R + R) if CAUSAL else end
     # The first loop has no masks; under causality it ends before the tile's first query.

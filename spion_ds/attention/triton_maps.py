@@ -18,6 +18,7 @@ from spion_ds.attention.triton_map_kernels import (
     attention_map_softmax_kernel,
     attention_map_tile_kernel,
 )
+from spion_ds.attention.triton_tiles import launch_options
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 128
@@ -33,7 +34,7 @@ class MapTiles(NamedTuple):
         rows, columns: of the scores that are computed at a time.
         pieces: such pieces side by side in a tile, 1 or 2; of the softmax kernel always 1.
         num_warps, num_stages: Triton's.
-        registers: a thread may use, None for as many as the compiler likes.
+        max_registers: of a thread; None: as many as it takes.
     """
 
     rows: int
@@ -41,13 +42,12 @@ class MapTiles(NamedTuple):
     pieces: int
     num_warps: int
     num_stages: int
-    registers: int | None = None
+    max_registers: int | None = None
 
     @property
     def launch(self) -> dict[str, int]:
         """Triton's options."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
+        return launch_options(self.num_warps, self.num_stages, self.max_registers)
 
 
 def unsupported(request: MapRequest) -> str | None:

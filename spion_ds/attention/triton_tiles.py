@@ -29,6 +29,11 @@ class Tiles(NamedTuple):
     num_stages: int
     max_registers: int | None = None
 
+    @property
+    def launch(self) -> dict[str, int]:
+        """Triton's options."""
+        return launch_options(self.num_warps, self.num_stages, self.max_registers)
+
 
 # By kernel, head_dim (up to) and block, for 16-bit floats.
 TABLE: dict[str, dict[int, dict[int, Tiles]]] = {
@@ -151,3 +156,10 @@ def find_tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> Ti
     if dtype == torch.float32 or head_dim > max(TABLE[kernel]):
         return None
     return choose_tiles(kernel, block, head_dim, dtype)
+
+
+@functools.cache
+def launch_options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, int]:
+    """Return Triton's options of a launch."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if max_registers is None else {**options, "maxnreg": max_registers}

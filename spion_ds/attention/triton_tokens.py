@@ -1,7 +1,7 @@
-"""What the attention kernels in triton_kernels.py read and write: lists of blocks, tiles of tokens.
+"""What the Triton kernels of attention and of its maps share: lists of blocks, tiles of tokens.
 
 A tile is TILE tokens: a part of a block, a block, or several blocks gathered. Shape suffixes and
-tensors as there.
+tensors as in triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import triton.language as tl
 
 from spion_ds.attention.triton_dropout import combine
 
+# Below every score yet finite, so that a row that has met no key yet is no special case.
+LOWEST = tl.constexpr(-1.0e30)
 # Entries of a list that are counted at a time.
 _LANES = tl.constexpr(128)
 # A token position past the end of every sequence.

@@ -5,7 +5,6 @@ Where there is no such GPU an emulation stands for the kernels; all around them 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -499,15 +498,14 @@ def test_it_is_compiled_for_wgmma_into_the_cache(monkeypatch, tmp_path):
     assert "-gencode=arch=compute_90a,code=sm_90a" in asked["extra_cuda_cflags"]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.skipif(compiling.find_nvcc() is None, reason="nvcc is what is asked, and not here")
 @pytest.mark.parametrize(
     "source", [x for x in compiling.HOPPER.sources() if x.suffix == ".cu"], ids=lambda x: x.stem
 )
 def test_the_compiler_lets_products_run_side_by_side(source, tmp_path):
-    command = ["nvcc", "-cubin", "-O3", "-std=c++17", "-arch=sm_90a", "--ptxas-options=-v"]
-    done = subprocess.run(
-        [*command, "-o", tmp_path / "kernels.cubin", source], capture_output=True, text=True
-    )
+    command = [compiling.find_nvcc(), "-cubin", "-std=c++17", *compiling.HOPPER_FLAGS]
+    command += ["--ptxas-options=-v", "-o", tmp_path / "kernels.cubin", source]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # It says so where it waits after each wgmma, for want of registers (C7512) or other reasons.
     assert "C75" not in done.stderr, done.stderr
