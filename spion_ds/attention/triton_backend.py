@@ -1,22 +1,22 @@
-"""Block-sparse attention through Triton: operators, gradients, and launches that cost little.
+"""Block-sparse attention through Triton: operators and gradients.
 
 A layout is data: another one compiles nothing and allocates nothing. Under torch.compile the
-operators ``spion_ds::block_sparse_attention_{fwd,bwd}`` stand in the graph; in eager mode the same
-functions are called without the dispatcher, which at small shapes costs more than the kernels.
+operators ``spion_ds::block_sparse_attention_{fwd,bwd}`` stand in the graph. In eager mode, where
+at small shapes Python costs more than the kernels, ``spion_ds::triton_attention`` stands for both:
+it asks for the launches of a shape once and repeats them in C++ (csrc/triton_attention.cpp).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spion_ds.attention.derivatives import derivative_by
-from spion_ds.attention.dropout import keep_threshold
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.triton_kernels import (
@@ -24,8 +24,10 @@ from spion_ds.attention.triton_kernels import (
     block_sparse_attention_fwd_kernel,
     real_keys_kernel,
 )
+from spion_ds.attention.triton_launch import Launches, hooked, launch, start
 from spion_ds.attention.triton_tiles import MAX_HEAD_DIM, Tiles, choose_tiles, find_tiles
 from spion_ds.errors import ConfigError
+from spion_ds.extension import operators_available
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCKS = (16, 32, 64, 128)
@@ -69,9 +71,11 @@ def block_sparse_attention_triton(
         *(layout.block, scale, options.causal, options.pruned == "zero"),
         *(options.zero_padded_queries and padding is not None, options.dropout_p),
     )
-    if torch.compiler.is_compiling():
-        return _fwd_op(q, k, v, *index, padding, key, *settings)[0]
-    return _BlockSparseAttention.apply(q, k, v, index, padding, key, settings)
+    arguments = (q, k, v, *index, padding, key, *settings)
+    if torch.compiler.is_compiling() or hooked() or not operators_available():
+        return _fwd_op(*arguments)[0]
+    stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else 0
+    return torch.ops.spion_ds.triton_attention.default(*arguments, stream)
 
 
 class _Settings(NamedTuple):
@@ -94,6 +98,7 @@ def _forward(
     padding: Tensor | None,
     dropout_key: Tensor | None,
     settings: _Settings,
+    launches: Launches | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, L, D) and the base-2 log-sum-exp (B, H, L padded) float32."""
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
@@ -102,9 +107,9 @@ def _forward(
     out = torch.empty_like(q)
     num_rows = -(-queries // block)
     lse = torch.empty((batch, heads, num_rows * block), dtype=torch.float32, device=q.device)
-    seen, spans = _real_keys(padding, block)
+    seen, spans = _real_keys(padding, block, launches)
     tiles = choose_tiles("fwd", block, head_dim, q.dtype)
-    _launch(
+    launch(
         block_sparse_attention_fwd_kernel,
         num_rows * (block // tiles.own) * batch * heads,
         (q, k, v, out),
@@ -121,6 +126,7 @@ def _forward(
         ),
         tiles,
         settings.dropout_p,
+        launches,
     )
     return out, lse
 
@@ -136,6 +142,7 @@ def _backward(
     padding: Tensor | None,
     dropout_key: Tensor | None,
     settings: _Settings,
+    launches: Launches | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
     grad, q, k, v = _unit_stride(grad), _unit_stride(q), _unit_stride(k), _unit_stride(v)
@@ -156,10 +163,10 @@ def _backward(
         sizes = (copies, parts, 2, block, shape[1])
         sums = torch.empty(sizes, dtype=torch.float32, device=q.device)
         done = torch.zeros((copies, parts, block // 16), dtype=torch.int32, device=q.device)
-    _, spans = _real_keys(padding, block)
+    _, spans = _real_keys(padding, block, launches)
     for tiles, rows, columns in _backward_launches(both, block, head_dim, q.dtype):
         each = num_rows * (heads // kv_heads) * rows + (parts + num_cols) * columns
-        _launch(
+        launch(
             block_sparse_attention_bwd_kernel,
             copies * each * (block // tiles.own),
             (q, k, v, grad, out, dq, dk, dv),
@@ -178,6 +185,7 @@ def _backward(
             ),
             tiles,
             settings.dropout_p,
+            launches,
         )
     return dq, dk, dv
 
@@ -192,7 +200,9 @@ def _backward_launches(
     return [(rows, True, False), (columns, False, True)]
 
 
-def _real_keys(padding: Tensor | None, block: int) -> tuple[Tensor | None, Tensor | None]:
+def _real_keys(
+    padding: Tensor | None, block: int, launches: Launches | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Return what ``real_keys_kernel`` writes, (B, M) and (B, 2) int32; None without padding."""
     if padding is None:
         return None, None
@@ -200,7 +210,7 @@ def _real_keys(padding: Tensor | None, block: int) -> tuple[Tensor | None, Tenso
     seen = torch.empty((batch, keys), dtype=torch.int32, device=padding.device)
     spans = torch.empty((batch, 2), dtype=torch.int32, device=padding.device)
     arguments = (padding.view(torch.uint8), seen, spans, keys, block, _CHUNK)
-    _start(real_keys_kernel, (block,), batch, arguments, {"num_warps": 4}, padding)
+    start(real_keys_kernel, (block,), batch, arguments, {"num_warps": 4}, padding, launches)
     return seen, spans
 
 
@@ -224,124 +234,8 @@ def _tail(tiles: Tiles, block: int, partial: bool) -> int:
     return max(1, block // tiles.tile) if partial or tiles.tile > block else 0
 
 
-# Kernels by everything that they were compiled for.
-_compiled: dict[tuple, Any] = {}
-
-
-def _launch(
-    kernel: Any,
-    programs: int,
-    strided: tuple[Tensor, ...],
-    data: tuple[Tensor | None, ...],
-    padding: Tensor | None,
-    dropout_key: Tensor | None,
-    numbers: tuple[int | float, ...],
-    constants: tuple[int | bool | str, ...],
-    tiles: Tiles,
-    dropout_p: float,
-) -> None:
-    """Launch a kernel; one that was compiled before goes past Triton's look-up of arguments.
-
-    Args:
-        strided: the (B, H, L, D) tensors, in the kernel's order.
-        data: tensors whose place is all that the kernel knows of them.
-        numbers, constants: the kernel's further arguments and constexprs, in its order.
-    """
-    threshold, scale = 0, 1.0
-    if dropout_key is not None:
-        threshold, scale = keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p)
-    if padding is not None:
-        padding = padding.view(torch.uint8)
-    views, usual = [], True
-    for x in strided:
-        batch, head, token, _ = x.stride()
-        views.append((x, batch, head, token))
-        usual = usual and (x.data_ptr() | batch | head | token) % 16 == 0 and batch < 2**31
-    arguments = (
-        *views,
-        *data,
-        *(padding, dropout_key, threshold, scale),
-        *numbers,
-        *constants,
-    )
-    present = (padding is None, dropout_key is None, *[x is None for x in data])
-    key = (strided[0].dtype, present, constants, tiles)
-    _start(kernel, key, programs, arguments, tiles.launch, strided[0], usual)
-
-
-def _start(
-    kernel: Any,
-    key: tuple,
-    programs: int,
-    arguments: tuple,
-    options: dict[str, int],
-    on: Tensor,
-    usual: bool = True,
-) -> None:
-    """Launch ``programs`` programs on the device of ``on``.
-
-    Args:
-        key: what the kernel is compiled for, besides the device.
-        usual: whether alignment and strides are those that one compiled kernel a key is kept for.
-    """
-    device = on.device
-    if device.index is not None and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **options)
-        return
-    key = (kernel.__name__, device.index, *key)
-    compiled = _compiled.get(key)
-    if compiled is not None and usual and not _hooked():
-        # What compiled[(programs, 1, 1)](*arguments) comes to, without hooks and their metadata.
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
-        return
-    compiled = kernel[(programs,)](*arguments, **options)
-    # Triton compiles for alignment and for strides of more than 32 bits; only one case is kept.
-    if usual and compiled is not None:
-        _compiled[key] = compiled
-
-
-def _hooked() -> bool:
-    """Return whether somebody, such as a profiler, wants to hear of Triton's launches."""
-    runtime = triton.knobs.runtime
-    # Older releases have a function or None there, newer ones always a chain of functions.
-    return any(
-        getattr(hook, "calls", hook)
-        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    )
-
-
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _BlockSparseAttention(torch.autograd.Function):
-    """The eager path."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: tuple[Tensor, ...],
-        padding: Tensor | None,
-        dropout_key: Tensor | None,
-        settings: _Settings,
-    ) -> Tensor:
-        out, lse = _forward(q, k, v, index[0], index[1], padding, dropout_key, settings)
-        ctx.settings = settings
-        ctx.save_for_backward(q, k, v, out, lse, padding, dropout_key, *index)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, padding, dropout_key, *index = ctx.saved_tensors
-        grads = _backward(grad, q, k, v, out, lse, index, padding, dropout_key, ctx.settings)
-        return (*grads, None, None, None, None)
 
 
 _INDEX = (
@@ -355,31 +249,43 @@ _REST = (
 # Inductor hands over the strides of eager mode, which the fakes below count on.
 _STRIDES = torch.Tag.needs_exact_strides
 _library = torch.library.Library("spion_ds", "FRAGMENT")
-_library.define(
-    f"block_sparse_attention_fwd(Tensor q, Tensor k, Tensor v, {_INDEX}, {_REST})"
-    " -> (Tensor out, Tensor lse)",
-    tags=_STRIDES,
+_FWD = f"(Tensor q, Tensor k, Tensor v, {_INDEX}, {_REST}) -> (Tensor out, Tensor lse"
+_BWD = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_INDEX}, {_REST}) -> (Tensor dq, Tensor dk, Tensor dv"
 )
-_library.define(
-    "block_sparse_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_INDEX}, {_REST}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=_STRIDES,
-)
+_library.define(f"block_sparse_attention_fwd{_FWD})", tags=_STRIDES)
+_library.define(f"block_sparse_attention_bwd{_BWD})", tags=_STRIDES)
+# What csrc/triton_attention.cpp asks once a shape.
+_library.define(f"triton_attention_fwd_launches{_FWD}, int[] launches)")
+_library.define(f"triton_attention_bwd_launches{_BWD}, int[] launches)")
 _fwd_op = torch.ops.spion_ds.block_sparse_attention_fwd.default
 _bwd_op = torch.ops.spion_ds.block_sparse_attention_bwd.default
 
 
-def _fwd_implementation(*args: Any) -> tuple[Tensor, Tensor]:
+def _fwd_implementation(*args: Any, launches: Launches | None = None) -> tuple[Tensor, Tensor]:
     q, k, v, row_ptr, col_idx, _, _, _, _, padding, dropout_key, *settings = args
-    return _forward(q, k, v, row_ptr, col_idx, padding, dropout_key, _Settings(*settings))
+    return _forward(q, k, v, row_ptr, col_idx, padding, dropout_key, _Settings(*settings), launches)
 
 
-def _bwd_implementation(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd_implementation(
+    *args: Any, launches: Launches | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     grad, q, k, v, out, lse, *rest = args
-    index, (padding, dropout_key, *settings) = rest[:6], rest[6:]
+    index, (padding, dropout_key, *settings) = tuple(rest[:6]), rest[6:]
     return _backward(
-        grad, q, k, v, out, lse, tuple(index), padding, dropout_key, _Settings(*settings)
+        *(grad, q, k, v, out, lse, index, padding, dropout_key, _Settings(*settings), launches)
     )
+
+
+def _with_launches(implementation: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """Return ``implementation`` with what it launched as one more result."""
+
+    def run(*args: Any) -> tuple[Tensor | list[int], ...]:
+        launches = Launches()
+        return (*implementation(*args, launches=launches), launches.words())
+
+    return run
 
 
 def _fwd_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -398,6 +304,10 @@ _setup_context, _op_backward = derivative_by(_bwd_op, len(_Settings._fields))
 for _device in ("CUDA", "CPU"):  # on the CPU only in Triton's interpreter
     _library.impl("block_sparse_attention_fwd", _fwd_implementation, _device)
     _library.impl("block_sparse_attention_bwd", _bwd_implementation, _device)
+    for _pass, _implementation in (("fwd", _fwd_implementation), ("bwd", _bwd_implementation)):
+        _library.impl(
+            f"triton_attention_{_pass}_launches", _with_launches(_implementation), _device
+        )
 torch.library.register_fake("spion_ds::block_sparse_attention_fwd", _fwd_fake, lib=_library)
 torch.library.register_fake("spion_ds::block_sparse_attention_bwd", _bwd_fake, lib=_library)
 torch.library.register_autograd(
