@@ -26,9 +26,8 @@ struct HopperProblem {
 
 // What the workgroups do. Workgroup i takes the items starts[i] .. starts[i + 1]. An item is 12 ints:
 // first entry, entries, copy, 3 own blocks (-1: none), 3 slots of the workspace (-1: write the result
-// itself), kind (0: own blocks are of queries, 1: of keys), 2 unused. An entry is partner block * 8 +
-// the warpgroups that need it. Blocks are of 64 tokens; a copy is a (batch, head) of a shared layout,
-// or a batch where each head has its layout.
+// itself), 3 unused. An entry is partner block * 8 + the warpgroups that need it. Blocks are of 64
+// tokens; a copy is a (batch, head) of a shared layout, or a batch where each head has its layout.
 struct HopperWork {
   const int32_t* items;
   const int32_t* entries;
@@ -36,26 +35,26 @@ struct HopperWork {
   int32_t workgroups;
 };
 
-// Key blocks whose dK and dV come in several parts. A copy has slot_count slots of a part's sums; 2 ints
-// a slot: the first one of its block, and how many that has.
-struct HopperParts {
-  const int32_t* slots;
-  int32_t slot_count;
-  float* sums;      // (copies, slots, dK and dV, 64, head_dim)
-  int32_t* arrived;  // (copies, slots), zeros: at a block's first slot, how many parts are there
+// Blocks whose dK and dV come in several parts: 3 ints each: block, first slot, slots.
+struct HopperSplits {
+  const int32_t* splits;
+  int32_t split_count, slot_count;
 };
 
 // Each returns a cudaError_t, 0 on success. lse: (batch, heads, queries rounded up to 64).
+// statistics: (batch, heads, blocks of 64 queries, 2, 64), lse and delta as the dK, dV kernel reads
+// them; the dQ kernel writes it.
 int hopper_forward(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
                    const HopperTensor* v, const HopperTensor* out, float* lse, const HopperWork*,
                    cudaStream_t);
-// statistics: (batch, heads, blocks of 64 queries, 2, 64), lse and delta as items of keys read them;
-// items of queries write it, and count that in done: (batch, heads), zeros.
-int hopper_backward(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
-                    const HopperTensor* v, const HopperTensor* out, const HopperTensor* grad,
-                    const HopperTensor* dq, const HopperTensor* dk, const HopperTensor* dv,
-                    const float* lse, float* statistics, int32_t* done, const HopperWork*,
-                    const HopperParts*, cudaStream_t);
+int hopper_backward_dq(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
+                       const HopperTensor* v, const HopperTensor* out, const HopperTensor* grad,
+                       const HopperTensor* dq, const float* lse, float* statistics,
+                       const HopperWork*,
+                       cudaStream_t);
+int hopper_backward_dkv(const HopperProblem*, const HopperTensor* q, const HopperTensor* k,
+                        const HopperTensor* v, const HopperTensor* grad, const HopperTensor* dk,
+                        const HopperTensor* dv, const float* statistics, const HopperWork*, const HopperSplits*, float* workspace, cudaStream_t);
 int hopper_pack_padding(const uint8_t* mask, int32_t batch, int32_t keys, uint64_t* key_bits,
                         int32_t* key_counts, cudaStream_t);
 }

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -106,10 +105,11 @@ HopperProblem problem(const Tensor& q, const Tensor& k, const Padding& padding, 
 }
 
 std::tuple<Tensor, Tensor> forward(
-    const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
-    const Tensor& forward_items, const Tensor& forward_starts, const Tensor& /*backward_items*/,
-    const Tensor& /*backward_starts*/, const Tensor& entries, const Tensor& /*slots*/, const OptionalTensor& padding_mask, bool per_head,
-    double scale, bool pruned_zero, bool skip_padded) {
+    const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& row_items,
+    const Tensor& row_entries, const Tensor& row_starts, const Tensor& /*col_items*/,
+    const Tensor& /*col_entries*/, const Tensor& /*col_starts*/, const Tensor& /*col_splits*/,
+    const Tensor& /*col_slots*/, const OptionalTensor& padding_mask, bool per_head, double scale,
+    bool pruned_zero, bool skip_padded) {
   const c10::cuda::CUDAGuard guard(q_given.device());
   bind_context(q_given);
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> forward(
   const Tensor lse = at::empty({q.size(0), q.size(1), (q.size(2) + 63) / 64 * 64},
                                q.options().dtype(at::kFloat));
   const HopperTensor q_view = view(q), k_view = view(k), v_view = view(v), out_view = view(out);
-  const HopperWork rows = work(forward_items, entries, forward_starts);
+  const HopperWork rows = work(row_items, row_entries, row_starts);
   check(hopper_forward(&p, &q_view, &k_view, &v_view, &out_view, lse.mutable_data_ptr<float>(),
                        &rows, stream));
   if (skip_padded && padding_mask.has_value()) {
@@ -134,9 +134,9 @@ std::tuple<Tensor, Tensor> forward(
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_given, const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
-    const Tensor& out_given, const Tensor& lse, const Tensor& /*forward_items*/,
-    const Tensor& /*forward_starts*/, const Tensor& backward_items, const Tensor& backward_starts,
-    const Tensor& entries, const Tensor& slots,
+    const Tensor& out_given, const Tensor& lse, const Tensor& row_items, const Tensor& row_entries,
+    const Tensor& row_starts, const Tensor& col_items, const Tensor& col_entries,
+    const Tensor& col_starts, const Tensor& col_splits, const Tensor& col_slots,
     const OptionalTensor& padding_mask, bool per_head, double scale, bool pruned_zero,
     bool /*skip_padded*/) {
   const c10::cuda::CUDAGuard guard(q_given.device());
@@ -149,22 +149,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Tensor dq = like(q_given), dk = like(k_given), dv = like(v_given);
   const Tensor statistics = at::empty({p.batch, p.heads, lse.size(2) / 64, 2, 64}, lse.options());
   const int64_t copies = int64_t(p.batch) * (per_head ? 1 : p.kv_heads);
-  const int64_t slot_count = slots.size(0);
-  const Tensor sums = at::empty({copies, slot_count, 2 * 64 * q.size(3)}, lse.options());
-  // Of the rows of each head, then of the parts of each key block.
-  const Tensor counts = at::zeros({int64_t(p.batch) * p.heads + copies * slot_count},
-                                  lse.options().dtype(at::kInt));
+  const int64_t slots = col_slots.size(0);
+  const Tensor workspace = at::empty({copies, slots, 2 * 64 * q.size(3)}, lse.options());
   const HopperTensor q_view = view(q), k_view = view(k), v_view = view(v), out_view = view(out),
                      grad_view = view(grad), dq_view = view(dq), dk_view = view(dk),
                      dv_view = view(dv);
-  const HopperWork items = work(backward_items, entries, backward_starts);
-  int32_t* done = counts.mutable_data_ptr<int32_t>();
-  const HopperParts parts = {slots.const_data_ptr<int32_t>(), static_cast<int32_t>(slot_count),
-                             sums.mutable_data_ptr<float>(),
-                             done + int64_t(p.batch) * p.heads};
-  check(hopper_backward(&p, &q_view, &k_view, &v_view, &out_view, &grad_view, &dq_view, &dk_view,
-                        &dv_view, lse.const_data_ptr<float>(),
-                        statistics.mutable_data_ptr<float>(), done, &items, &parts, stream));
+  const HopperWork rows = work(row_items, row_entries, row_starts);
+  const HopperWork columns = work(col_items, col_entries, col_starts);
+  const HopperSplits splits = {col_splits.const_data_ptr<int32_t>(),
+                               static_cast<int32_t>(col_splits.size(0)),
+                               static_cast<int32_t>(slots)};
+  check(hopper_backward_dq(&p, &q_view, &k_view, &v_view, &out_view, &grad_view, &dq_view,
+                           lse.const_data_ptr<float>(), statistics.mutable_data_ptr<float>(), &rows,
+                           stream));
+  check(hopper_backward_dkv(&p, &q_view, &k_view, &v_view, &grad_view, &dk_view, &dv_view,
+                            statistics.const_data_ptr<float>(), &columns, &splits,
+                            workspace.mutable_data_ptr<float>(), stream));
   return {dq, dk, dv};
 }
 

@@ -255,18 +255,12 @@ __global__ void __launch_bounds__(Roles<kHeadDim>::kThreads, 1)
     shrink_registers<Roles<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < kConsumers + 32) {
       const int group = problem.heads / problem.kv_heads;
-      produce(
-          ring, work,
-          [&](const Item& item) {
-            return place(item.copy, item.own[0], problem.heads, (problem.queries + 63) / 64,
-                         problem.per_head);
-          },
-          [&](const Item&, const Place& where, int partner, uint32_t step, uint32_t full) {
-            const int head = where.head / group;
-            barrier_expect(full, 2 * ring.kTileBytes);
-            copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
-            copy_tile<kHeadDim>(ring.tile(step, 1), &v_map, full, partner, head, where.batch);
-          });
+      produce(ring, work, problem.heads,              (problem.queries + 63) / 64, problem.per_head,
+              [&](int partner, const Place& where, uint32_t step, uint32_t full) {
+                const int head = where.head / group;
+                copy_tile<kHeadDim>(ring.tile(step, 0), &k_map, full, partner, head, where.batch);
+                copy_tile<kHeadDim>(ring.tile(step, 1), &v_map, full, partner, head, where.batch);
+              });
     }
   } else {
     grow_registers<Roles<kHeadDim>::kConsumerRegisters>();

@@ -31,22 +31,6 @@ __device__ __forceinline__ int load_acquire(uint32_t address) {
   return value;
 }
 
-// Orders this thread's accesses of global memory with those of the copy engine.
-__device__ __forceinline__ void copy_engine_fence() {
-  asm volatile("fence.proxy.async.global;\n" ::: "memory");
-}
-
-// Counts in global memory, after all that this thread and those it has synchronised with wrote.
-__device__ __forceinline__ void count_release(int* counter) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
-}
-
-__device__ __forceinline__ int load_acquire_global(const int* counter) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
-
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals));
 }
@@ -83,28 +67,20 @@ __device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 
-// Counts the turns of a wait. A debug build gives up instead of hanging.
-struct Patience {
+// Waits for the phase of ``parity`` to complete. A debug build gives up instead of hanging.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #ifdef SPION_HOPPER_BOUNDED_WAITS
-  int turns = 0;
-  __device__ __forceinline__ void spin(uint32_t what, uint32_t value) {
-    if (++turns > (1 << 20)) {
-      printf("hopper: stuck, block %d thread %d waits for %u at %u\n", blockIdx.x, threadIdx.x,
-             value, what);
+  for (int spin = 0; !barrier_try(barrier, parity); ++spin) {
+    if (spin > (1 << 20)) {
+      printf("hopper: stuck, block %d thread %d barrier %u parity %u\n", blockIdx.x, threadIdx.x,
+             barrier, parity);
       __trap();
     }
   }
 #else
-  __device__ __forceinline__ void spin(uint32_t, uint32_t) {}
-#endif
-};
-
-// Waits for the phase of ``parity`` to complete.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  Patience patience;
   while (!barrier_try(barrier, parity)) {
-    patience.spin(barrier, parity);
   }
+#endif
 }
 
 // Copies one box of a (head_dim, tokens, heads, batch) tensor; counts its bytes on ``barrier``.
@@ -144,31 +120,6 @@ __device__ __forceinline__ void shrink_registers() {
 // Synchronises the 128 threads of one warpgroup.
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, 128;\n" ::"r"(warpgroup + 1) : "memory");
-}
-
-// The same; returns whether ``x`` is true in any of them.
-__device__ __forceinline__ bool warpgroup_any(int warpgroup, bool x) {
-  uint32_t any;
-  asm volatile(
-      "{\n.reg .pred p, q;\n"
-      "setp.ne.u32 p, %1, 0;\n"
-      "barrier.cta.red.or.pred q, %2, 128, p;\n"
-      "selp.b32 %0, 1, 0, q;\n}\n"
-      : "=r"(any)
-      : "r"(uint32_t(x)), "r"(warpgroup + 1)
-      : "memory");
-  return any != 0;
-}
-
-// Adds 1 and returns what was there: what others wrote before they added is visible to this thread, and
-// what it has seen of its warpgroup to who adds later.
-__device__ __forceinline__ int count_up(int* counter) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;\n"
-               : "=r"(before)
-               : "l"(counter)
-               : "memory");
-  return before;
 }
 
 __device__ __forceinline__ float4 load_shared(uint32_t address) {

@@ -1,4 +1,4 @@
-// The skeleton of the kernels. A workgroup holds kOwners consumer warpgroups and one producer
+// The skeleton of all three kernels. A workgroup holds kOwners consumer warpgroups and one producer
 // warp. Each consumer owns a block of 64 tokens; the producer streams the union of the blocks'
 // partners, two tiles of (64, head_dim) each, through a ring in shared memory, and every consumer
 // takes the tiles that its block keeps. One copy serves up to kOwners blocks: at 64 tokens and
@@ -18,27 +18,23 @@ constexpr int kBoxBytes = kBlock * 64 * 2;  // 64 tokens of 64 elements, one cop
 constexpr int kItemInts = 12;
 constexpr int kMaskBits = 3;
 
-// Consumer warpgroups of a workgroup, and registers a thread of each role: together no more than all
-// threads have at the launch, 128 each of 512 or 168 each of 384.
+// Consumer warpgroups of a workgroup, and registers a thread of each role: 64 K a multiprocessor.
 template <int kHeadDim>
 struct Roles {
   static constexpr int kOwners = kHeadDim == 64 ? 3 : 2;
   static constexpr int kThreads = (kOwners + 1) * 128;
   static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : 240;
-  static constexpr int kProducerRegisters = kHeadDim == 64 ? 32 : 24;
+  static constexpr int kProducerRegisters = 24;
 };
 
-// What the owners of an item hold: queries, which get dQ (or outputs), or keys, which get dK and dV.
-enum ItemKind { kRows = 0, kColumns = 1 };
-
 struct Item {
-  int first, count, copy, own[3], slot[3], kind;
+  int first, count, copy, own[3], slot[3];
 };
 
 __device__ __forceinline__ Item load_item(const int* items, int index) {
   const int4* source = reinterpret_cast<const int4*>(items + int64_t(index) * kItemInts);
   const int4 a = __ldg(source), b = __ldg(source + 1), c = __ldg(source + 2);
-  return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}, c.y};
+  return {a.x, a.y, a.z, {a.w, b.x, b.y}, {b.z, b.w, c.x}};
 }
 
 // What one warpgroup needs of an item: its block among ``own``.
@@ -160,9 +156,7 @@ struct Ring {
     seen = step;
   }
   __device__ __forceinline__ void wait_issued(uint32_t step) const {
-    Patience patience;
     while (static_cast<int>(load_acquire(issued) - step) < 0) {
-      patience.spin(issued, step);
     }
     __syncwarp();
   }
@@ -176,18 +170,17 @@ struct Ring {
   }
 };
 
-// The producer warp: streams every entry of every item. begin(item) says where an item is, and may
-// wait; all lanes call it. copy(item, place, partner, step, full) issues the copies of one entry, after
-// barrier_expect with their bytes; it runs in one lane.
-template <typename R, typename Begin, typename Copy>
-__device__ __forceinline__ void produce(const R& ring, const HopperWork& work, Begin begin,
-                                        Copy copy) {
+// The producer warp: streams every entry of every item. copy(partner, place, step, barrier) issues
+// the copies of one entry; it runs in one lane.
+template <typename R, typename Copy>
+__device__ __forceinline__ void produce(const R& ring, const HopperWork& work, int own_heads,
+                                        int own_blocks, int per_head, Copy copy) {
   const int lane = threadIdx.x % 32;
   const int end = __ldg(work.starts + blockIdx.x + 1);
   uint32_t step = 0;
   for (int index = __ldg(work.starts + blockIdx.x); index < end; ++index) {
     const Item item = load_item(work.items, index);
-    const Place where = begin(item);
+    const Place where = place(item.copy, item.own[0], own_heads, own_blocks, per_head);
     const int* entries = work.entries + item.first;
     int code = lane < item.count ? __ldg(entries + lane) : 0;
     for (int chunk = 0; chunk < item.count; chunk += 32) {
@@ -210,7 +203,8 @@ __device__ __forceinline__ void produce(const R& ring, const HopperWork& work, B
           if (absent > 0) {
             barrier_arrive(empty, 4 * absent);
           }
-          copy(item, where, entry >> kMaskBits, step, full);
+          barrier_expect(full, 2 * R::kTileBytes + R::kExtraBytes);
+          copy(entry >> kMaskBits, where, step, full);
         }
         __syncwarp();
       }

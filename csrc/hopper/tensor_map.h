@@ -12,6 +12,7 @@ namespace spion_hopper {
 bool make_map(CUtensorMap* map, const HopperTensor& x, const HopperProblem& problem, int heads,
               int tokens);
 
+
 // Launches ``kernel`` with more than 48 KiB of shared memory.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
@@ -26,23 +27,6 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   }
   kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
-}
-
-// The same, all workgroups at a time or none: they may wait for each other.
-template <typename... Parameters>
-cudaError_t launch_together(void (*kernel)(Parameters...), int blocks, int threads,
-                            int shared_bytes, cudaStream_t stream, Parameters... arguments) {
-  if (blocks == 0) {
-    return cudaSuccess;
-  }
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  void* pointers[] = {&arguments...};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                     dim3(threads), pointers, shared_bytes, stream);
 }
 
 }  // namespace spion_hopper

@@ -29,11 +29,8 @@ _SHORTEST_PART = 16
 
 # An item costs its longest owner's tiles and about this many more for its start and end.
 _ITEM_TILES = 2
-# Kinds of items, and the products that a tile takes in the backward pass.
-ROWS, COLUMNS = 0, 1
-_PRODUCTS = {ROWS: 3, COLUMNS: 4}
-# Items of columns a workgroup, about, of the heads at the end that are taken together.
-_LAST = 3
+# Up to this many items the balance is computed one by one, beyond by turns.
+_FEW_ITEMS = 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,37 +39,44 @@ class WorkList:
 
     Attributes:
         items: (items, 12), workgroup by workgroup: first entry, entries, copy, 3 owners (-1: none),
-            3 workspace slots (-1: none), ROWS or COLUMNS, 2 unused. A copy is a (batch, head) of a
-            shared layout, or a batch where each head has its layout.
+            3 workspace slots (-1: none), 3 unused. A copy is a (batch, head) of a shared layout, or
+            a batch where each head has its layout.
         entries: (entries,): partner * 8 + a bit for each owner that keeps the pair.
         starts: (workgroups + 1,): workgroup i takes the items starts[i] : starts[i + 1].
-        slots: (slots, 2), the workspace of a copy: the first slot of the same owner, and how many
-            that has.
+        splits: (cut owners, 3): owner, first slot, slots.
+        slots: slots of the workspace that a copy needs.
     """
 
     items: Tensor
     entries: Tensor
     starts: Tensor
-    slots: Tensor
+    splits: Tensor
+    slots: int
 
     def to(self, device: torch.device) -> WorkList:
         """Return the lists on ``device`` as the kernels read them."""
-        lists = (self.items, self.entries, self.starts, self.slots)
-        return WorkList(*(x.to(torch.int32).contiguous().to(device) for x in lists))
+        items, entries, starts, splits = (
+            x.to(torch.int32).contiguous().to(device)
+            for x in (self.items, self.entries, self.starts, self.splits)
+        )
+        return WorkList(items, entries, starts, splits, self.slots)
 
 
 class WorkLists(NamedTuple):
     """What the operators take of a layout, in their order; int32 on the layout's device.
 
-    The tensors of the two :class:`WorkList`, which share their entries.
+    The tensors of the two :class:`WorkList`; ``column_slots`` (slots,) is only a length. A number
+    would be a constant of a compiled graph, the size of a tensor may change.
     """
 
-    forward_items: Tensor
-    forward_starts: Tensor
-    backward_items: Tensor
-    backward_starts: Tensor
-    entries: Tensor
-    slots: Tensor
+    row_items: Tensor
+    row_entries: Tensor
+    row_starts: Tensor
+    column_items: Tensor
+    column_entries: Tensor
+    column_starts: Tensor
+    column_splits: Tensor
+    column_slots: Tensor
 
 
 class Problem(NamedTuple):
@@ -95,9 +99,8 @@ class Problem(NamedTuple):
 def work_lists(layout: BlockLayout, problem: Problem) -> WorkLists:
     """Return the work of all kernels; derived once a layout and problem, kept with the layout.
 
-    Deriving it takes 10 to 20 ms on the host, and about a microsecond more for each item. Neither
-    torch.compile nor a CUDA graph can do that: there it must have come before, or the first breaks
-    its graph.
+    Deriving it takes 10 to 20 ms on the host. Neither torch.compile nor a CUDA graph can
+    do that: there it must have come before, or the first breaks its graph.
 
     Raises:
         ConfigError: it was not derived before a CUDA graph is captured.
@@ -119,11 +122,11 @@ def _derive(layout: BlockLayout, problem: Problem, name: tuple) -> None:
             "a CUDA graph is being captured with a layout that the hopper backend meets for the "
             f"first time with {problem}; run the step once before, or call prepare_layout"
         )
-    forward, backward = forward_list(layout, problem), backward_list(layout, problem)
-    # The forward pass takes the items of rows alone, whose entries come first.
+    rows, columns = row_list(layout, problem), column_list(layout, problem)
+    slots = torch.empty(columns.slots, dtype=torch.int32, device=layout.device)
     lists = WorkLists(
-        *(forward.items, forward.starts, backward.items, backward.starts),
-        *(backward.entries, backward.slots),
+        *(rows.items, rows.entries, rows.starts),
+        *(columns.items, columns.entries, columns.starts, columns.splits, slots),
     )
     # torch.compile shall not trace again for a layout that keeps more or fewer blocks.
     for tensor in lists:
@@ -141,73 +144,33 @@ def owners(head_dim: int) -> int:
     return 3 if head_dim == 64 else 2
 
 
-def forward_list(layout: BlockLayout, problem: Problem) -> WorkList:
-    """Return the work of the forward kernel: query blocks own, key blocks are partners.
+def row_list(layout: BlockLayout, problem: Problem) -> WorkList:
+    """Return the work of the forward and dQ kernels: query blocks own, key blocks are partners.
 
     Owners are numbered head * query blocks + block, head 0 for a shared layout.
     """
-    rows = _row_items(layout, problem)
-    workgroups = _multiprocessors(layout.device)
-    items = rows.copied(problem.batch * (1 if layout.heads > 1 else problem.heads))
-    worker = _deal(rows.cost.repeat(len(items) // len(rows.cost)), workgroups)
-    # A workgroup goes through the copies in order: few of them are in the L2 cache at a time.
-    return _by_workgroup(items, worker, workgroups, rows).to(layout.device)
-
-
-def backward_list(layout: BlockLayout, problem: Problem) -> WorkList:
-    """Return the work of the backward kernel: items of rows (dQ) and of columns (dK, dV).
-
-    Rows are as in the forward pass. Column owners are numbered kv_head * key blocks + block,
-    kv_head 0 for a shared layout, and their partners member * query blocks + block, the member
-    being the query head within the kv head's group.
-
-    Columns wait until the rows of their heads have begun. All items are in one order, head by head,
-    a head's columns beside the rows of the next, and each workgroup takes its own in that order. So
-    the first item that is not done has nothing to wait for, and in practice none waits.
-    """
-    batch, heads, kv_heads, queries, keys, _ = problem
-    shared, group = layout.heads == 1, heads // kv_heads
-    workgroups = _multiprocessors(layout.device)
-    rows, columns = _row_items(layout, problem), _column_items(layout, problem)
-    row_items = rows.copied(batch * (heads if shared else 1))
-    column_items = columns.copied(batch * (kv_heads if shared else 1))
-    column_items[:, 0] += len(rows.entries)
-    column_items[:, 9] = COLUMNS
-    row_cost = (rows.cost * _PRODUCTS[ROWS]).repeat(len(row_items) // len(rows.cost))
-    column_cost = (columns.cost * _PRODUCTS[COLUMNS]).repeat(len(column_items) // len(columns.cost))
-
-    # The kv head that an item is of, over the batch.
-    row_copy, row_owner = row_items[:, 2], row_items[:, 3]
-    unit, column_unit = row_copy // group, column_items[:, 2]
-    if not shared:
-        unit = row_copy * kv_heads + row_owner // -(-queries // TOKENS) // group
-        column_unit = column_unit * kv_heads + column_items[:, 3] // -(-keys // TOKENS)
-    # The last ones together, longest items first: what is left for the end is short.
-    units = batch * kv_heads
-    single = max(0, units - math.ceil(_LAST * workgroups * units / len(column_items)))
-    phase = torch.cat([unit.clamp(max=single), column_unit.clamp(max=single) + 1])
-    items, cost = torch.cat([row_items, column_items]), torch.cat([row_cost, column_cost])
-    order = _lexicographic(phase, -cost)
-    items, worker = items[order], _deal_in_order(cost[order], workgroups)
-    both = columns._replace(entries=torch.cat([rows.entries, columns.entries]))
-    return _by_workgroup(items, worker, workgroups, both).to(layout.device)
-
-
-def _row_items(layout: BlockLayout, problem: Problem) -> _Items:
-    rows, columns = -(-problem.queries // TOKENS), -(-problem.keys // TOKENS)
+    batch, heads, _, queries, keys, head_dim = problem
+    rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
     head, row, column = _kept_blocks(layout, rows, columns)
-    return _make_items(
+    return _work_list(
         head * rows + row,
         column,
         owner_heads=layout.heads,
         owner_blocks=rows,
         partner_blocks=columns,
-        owners_an_item=owners(problem.head_dim),
+        copies=batch * (1 if layout.heads > 1 else heads),
+        workgroups=_multiprocessors(layout.device),
+        owners_an_item=owners(head_dim),
         longest=None,
-    )
+    ).to(layout.device)
 
 
-def _column_items(layout: BlockLayout, problem: Problem) -> _Items:
+def column_list(layout: BlockLayout, problem: Problem) -> WorkList:
+    """Return the work of the dK, dV kernel: key blocks own, query blocks are partners.
+
+    Owners are numbered kv_head * key blocks + block, kv_head 0 for a shared layout; partners
+    member * query blocks + block, the member being the query head within the kv head's group.
+    """
     batch, heads, kv_heads, queries, keys, head_dim = problem
     rows, columns = -(-queries // TOKENS), -(-keys // TOKENS)
     head, row, column = _kept_blocks(layout, rows, columns)
@@ -218,18 +181,21 @@ def _column_items(layout: BlockLayout, problem: Problem) -> _Items:
         owner = column.repeat(group)
         partner = (torch.arange(group)[:, None] * rows + row).flatten()
     copies = batch * (1 if layout.heads > 1 else kv_heads)
+    workgroups = _multiprocessors(layout.device)
     length = torch.bincount(owner, minlength=1)
     typical = length[length > 0].median().item() if owner.numel() else 0
-    share = owner.numel() * copies / (_multiprocessors(layout.device) * owners(head_dim))
-    return _make_items(
+    share = owner.numel() * copies / (workgroups * owners(head_dim))
+    return _work_list(
         owner,
         partner,
         owner_heads=kv_heads if layout.heads > 1 else 1,
         owner_blocks=columns,
         partner_blocks=rows * group,
+        copies=copies,
+        workgroups=workgroups,
         owners_an_item=owners(head_dim),
         longest=max(_SHORTEST_PART, math.ceil(_LONG * typical), math.ceil(share / _SHARE)),
-    )
+    ).to(layout.device)
 
 
 def _kept_blocks(layout: BlockLayout, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,38 +214,19 @@ def _kept_blocks(layout: BlockLayout, rows: int, columns: int) -> tuple[Tensor, 
     return head[exists], row[exists], column[exists]
 
 
-class _Items(NamedTuple):
-    """The items of one copy and kind.
-
-    Attributes:
-        items: (items, 12), copy 0 and kind 0; :class:`WorkList` says what is in them.
-        cost: (items,) tiles.
-        entries, slots: as of :class:`WorkList`.
-    """
-
-    items: Tensor
-    cost: Tensor
-    entries: Tensor
-    slots: Tensor
-
-    def copied(self, copies: int) -> Tensor:
-        """Return the items of all copies, copy by copy."""
-        items = self.items.repeat(copies, 1)
-        items[:, 2] = torch.arange(copies).repeat_interleave(len(self.items))
-        return items
-
-
-def _make_items(
+def _work_list(
     owner: Tensor,
     partner: Tensor,
     *,
     owner_heads: int,
     owner_blocks: int,
     partner_blocks: int,
+    copies: int,
+    workgroups: int,
     owners_an_item: int,
     longest: int | None,
-) -> _Items:
-    """Group owners of like length into items, and order their partners."""
+) -> WorkList:
+    """Group owners of like length into items, order their partners, deal items to workgroups."""
     order = (owner * partner_blocks + partner).argsort()
     owner, partner = owner[order], partner[order]
     parts = _cut(owner, owner_heads * owner_blocks, longest)
@@ -287,21 +234,21 @@ def _make_items(
     entries, count = _stream(
         item[parts.of_pair], place[parts.of_pair], partner, partner_blocks, item_count
     )
+
     items = torch.full((item_count, 12), -1, dtype=torch.int64)
     items[:, 0], items[:, 1] = count.cumsum(0) - count, count
-    items[:, 9] = ROWS
     items[item, 3 + place] = parts.owner
     items[item, 6 + place] = parts.slot
     most = torch.zeros(item_count, dtype=torch.int64)
     most.scatter_reduce_(0, item, parts.length, "amax")
-    return _Items(items, most + _ITEM_TILES, entries, parts.slots)
-
-
-def _by_workgroup(items: Tensor, worker: Tensor, workgroups: int, of: _Items) -> WorkList:
-    """Return the list in which each workgroup has its items, in their order."""
+    worker = _deal((most + _ITEM_TILES).repeat(copies), workgroups)
+    items = items.repeat(copies, 1)
+    items[:, 2] = torch.arange(copies).repeat_interleave(item_count)
+    # A workgroup goes through the copies in order: few of them are in the L2 cache at a time.
+    items = items[worker.argsort(stable=True)]
     starts = torch.zeros(min(workgroups, items.shape[0]) + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(worker, minlength=starts.numel() - 1).cumsum(0)
-    return WorkList(items[worker.argsort(stable=True)], of.entries, starts, of.slots)
+    return WorkList(items, entries, starts, parts.splits, parts.slots)
 
 
 class _Parts(NamedTuple):
@@ -313,7 +260,8 @@ class _Parts(NamedTuple):
         length: (parts,) its partners.
         slot: (parts,) workspace slot, -1 where the owner is whole.
         of_pair: (pairs,) the part that each pair belongs to.
-        slots: (slots, 2): the first slot of the owner of each, and how many that has.
+        splits: (cut owners, 3): owner, first slot, slots.
+        slots: in all.
     """
 
     owner: Tensor
@@ -321,7 +269,8 @@ class _Parts(NamedTuple):
     length: Tensor
     slot: Tensor
     of_pair: Tensor
-    slots: Tensor
+    splits: Tensor
+    slots: int
 
 
 def _cut(owner: Tensor, owners: int, longest: int | None) -> _Parts:
@@ -336,13 +285,15 @@ def _cut(owner: Tensor, owners: int, longest: int | None) -> _Parts:
     of_pair = first_part[owner] + rank * parts[owner] // length[owner].clamp(min=1)
     is_cut = parts[part_owner] > 1
     slot = torch.where(is_cut, is_cut.long().cumsum(0) - 1, -1)
+    cut_owner = (parts > 1).nonzero().flatten()
     return _Parts(
         owner=part_owner,
         number=torch.arange(part_owner.numel()) - first_part[part_owner],
         length=torch.bincount(of_pair, minlength=part_owner.numel()),
         slot=slot,
         of_pair=of_pair,
-        slots=torch.stack([slot[first_part[part_owner]], parts[part_owner]], dim=1)[is_cut],
+        splits=torch.stack([cut_owner, slot[first_part[cut_owner]], parts[cut_owner]], dim=1),
+        slots=int(is_cut.sum()),
     )
 
 
@@ -392,19 +343,19 @@ def _deal(cost: Tensor, workgroups: int) -> Tensor:
     """Return the workgroup of each item, so that sums of costs are nearly even."""
     order = cost.argsort(descending=True, stable=True)
     worker = torch.empty_like(order)
-    worker[order] = _deal_in_order(cost[order], workgroups)
-    return worker
-
-
-def _deal_in_order(cost: Tensor, workgroups: int) -> Tensor:
-    """Return the workgroup of each item, each given to the one that has done what came before."""
+    if cost.numel() > _FEW_ITEMS:
+        turn = torch.arange(cost.numel())
+        lane, back = turn % workgroups, turn // workgroups % 2 == 1
+        worker[order] = torch.where(back, workgroups - 1 - lane, lane)
+        return worker
     loads = [(0, number) for number in range(min(workgroups, cost.numel()))]
-    chosen = []
-    for item_cost in cost.tolist():
+    chosen, costs = [], cost.tolist()
+    for item in order.tolist():
         load, number = loads[0]
         chosen.append(number)
-        heapq.heapreplace(loads, (load + item_cost, number))
-    return torch.tensor(chosen, dtype=torch.int64)
+        heapq.heapreplace(loads, (load + costs[item], number))
+    worker[order] = torch.tensor(chosen, dtype=torch.int64)
+    return worker
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import hopper_backend, hopper_plan
-from spion_ds.attention.hopper_plan import COLUMNS, ROWS, TOKENS, WorkLists
+from spion_ds.attention.hopper_plan import TOKENS, WorkLists
 
 
 @contextmanager
@@ -36,35 +36,34 @@ def _constant(function):
     return torch.compiler.assume_constant_result(function)
 
 
-def _pairs(items: Tensor, starts: Tensor, entries: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (kind, copy, owner, partner) of every item that a workgroup takes."""
+def _pairs(items: Tensor, entries: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (copy, owner, partner) of every item that a workgroup takes."""
     codes = entries.tolist()
     for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        for first, count, copy, *rest in items[begin:end, :10].tolist():
+        for first, count, copy, *own in items[begin:end, :6].tolist():
             for code in codes[first : first + count]:
-                yield from ((rest[6], copy, rest[i], code >> 3) for i in range(3) if code >> i & 1)
+                yield from ((copy, own[i], code >> 3) for i in range(3) if code >> i & 1)
 
 
-def _forward_mask(q: Tensor, k: Tensor, lists: WorkLists, per_head: bool) -> Tensor:
-    """Return (B, H, n, m): how often the forward kernel takes each pair of blocks."""
-    items = _pairs(lists.forward_items, lists.forward_starts, lists.entries)
-    return _masks(q, k, items, per_head)[ROWS]
+def _row_mask(q: Tensor, k: Tensor, lists: WorkLists, per_head: bool) -> Tensor:
+    """Return (B, H, n, m): how often the forward and dQ kernels take each pair of blocks."""
+    (batch, heads), n, m = q.shape[:2], -(-q.shape[2] // TOKENS), -(-k.shape[2] // TOKENS)
+    taken = torch.zeros((batch, heads, n, m))
+    for copy, owner, partner in _pairs(lists.row_items, lists.row_entries, lists.row_starts):
+        where = (copy, owner // n) if per_head else divmod(copy, heads)
+        taken[(*where, owner % n, partner)] += 1
+    return taken
 
 
-def _masks(
-    q: Tensor, k: Tensor, pairs: Iterator[tuple[int, int, int, int]], per_head: bool
-) -> list[Tensor]:
-    """Return the same for items of rows and for items of columns."""
+def _column_mask(q: Tensor, k: Tensor, lists: WorkLists, per_head: bool) -> Tensor:
+    """Return the same of the dK, dV kernel."""
     (batch, heads), n, m = q.shape[:2], -(-q.shape[2] // TOKENS), -(-k.shape[2] // TOKENS)
     group = heads // k.shape[1]
-    taken = [torch.zeros((batch, heads, n, m)) for _ in range(2)]
-    for kind, copy, owner, partner in pairs:
-        if kind == ROWS:
-            where = (copy, owner // n) if per_head else divmod(copy, heads)
-            taken[ROWS][(*where, owner % n, partner)] += 1
-        else:
-            sample, head = (copy, owner // m) if per_head else divmod(copy, k.shape[1])
-            taken[COLUMNS][sample, head * group + partner // n, partner % n, owner % m] += 1
+    taken = torch.zeros((batch, heads, n, m))
+    columns = _pairs(lists.column_items, lists.column_entries, lists.column_starts)
+    for copy, owner, partner in columns:
+        sample, head = (copy, owner // m) if per_head else divmod(copy, k.shape[1])
+        taken[sample, head * group + partner // n, partner % n, owner % m] += 1
     return taken
 
 
@@ -81,8 +80,8 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
 
 
 def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
-    lists, (padding, per_head, scale, pruned_zero, skip_padded) = WorkLists(*rest[:6]), rest[6:]
-    taken = _tokens(_forward_mask(q, k, lists, per_head), q, k, padding)
+    lists, (padding, per_head, scale, pruned_zero, skip_padded) = WorkLists(*rest[:8]), rest[8:]
+    taken = _tokens(_row_mask(q, k, lists, per_head), q, k, padding)
     scores = q.float() @ _grouped(k, q.shape[1]).mT * scale
     weights = taken * scores.exp()
     total = weights.sum(dim=-1)
@@ -105,7 +104,7 @@ def taken_rows(q: Tensor) -> int:
 
 
 def _backward(grad, q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    lists, (padding, per_head, scale, *_) = WorkLists(*rest[:6]), rest[6:]
+    lists, (padding, per_head, scale, *_) = WorkLists(*rest[:8]), rest[8:]
     heads, kv_heads = q.shape[1], k.shape[1]
     keys, values = _grouped(k, heads), _grouped(v, heads)
     grad = grad.float()
@@ -113,8 +112,8 @@ def _backward(grad, q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor]:
     scores = q.float() @ keys.mT * scale
     weights = (scores * math.log2(math.e) - lse[:, :, : q.shape[2], None]).exp2()
     dscores = weights * (grad @ values.mT - delta) * scale
-    pairs = _pairs(lists.backward_items, lists.backward_starts, lists.entries)
-    rows, columns = (_tokens(x, q, k, padding) for x in _masks(q, k, pairs, per_head))
+    rows = _tokens(_row_mask(q, k, lists, per_head), q, k, padding)
+    columns = _tokens(_column_mask(q, k, lists, per_head), q, k, padding)
     dq = (rows * dscores) @ keys
     dk, dv = (columns * dscores).mT @ q.float(), (columns * weights).mT @ grad
     dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(dim=2) for x in (dk, dv))

@@ -494,7 +494,7 @@ def test_it_is_compiled_for_wgmma_into_the_cache(monkeypatch, tmp_path):
     assert loaded == [compiling.HOPPER.cached()]
     assert loaded[0].is_file()
     names = {Path(source).name for source in asked["sources"]}
-    assert {"binding.cpp", "forward.cu", "backward.cu"} <= names
+    assert {"binding.cpp", "forward.cu", "backward_dq.cu", "backward_dkv.cu"} <= names
     assert "-gencode=arch=compute_90a,code=sm_90a" in asked["extra_cuda_cflags"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 
 import pytest
@@ -10,15 +9,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import hopper_plan
-from spion_ds.attention.hopper_plan import (
-    COLUMNS,
-    ROWS,
-    Problem,
-    WorkList,
-    backward_list,
-    forward_list,
-    work_lists,
-)
+from spion_ds.attention.hopper_plan import Problem, WorkList, column_list, row_list, work_lists
 from spion_ds.attention.layout import BlockLayout
 
 # (layout heads, heads, kv_heads, queries, keys, block, head_dim)
@@ -54,11 +45,11 @@ def kept_blocks(layout: BlockLayout, queries: int, keys: int) -> Tensor:
     return mask[:, : -(-queries // 64), : -(-keys // 64)].nonzero()
 
 
-def pairs(work: WorkList, kind: int) -> Counter:
-    """Return how often each (copy, owner, partner) is worked on by items of a kind."""
+def pairs(work: WorkList) -> Counter:
+    """Return how often each (copy, owner, partner) is worked on."""
     found: Counter = Counter()
     entries = work.entries.tolist()
-    for first, count, copy, *rest in work.items[work.items[:, 9] == kind].tolist():
+    for first, count, copy, *rest in work.items.tolist():
         for entry in entries[first : first + count]:
             for place in range(3):
                 if entry >> place & 1:
@@ -70,21 +61,19 @@ def pairs(work: WorkList, kind: int) -> Counter:
 def test_row_lists_hold_each_kept_block_once_a_copy(case: tuple[int, ...]) -> None:
     layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
     layout = make_layout(layout_heads, queries, keys, block)
-    problem = Problem(BATCH, heads, kv_heads, queries, keys, head_dim)
+    work = row_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
     copies = BATCH * (1 if layout_heads > 1 else heads)
     rows = -(-queries // 64)
     kept = kept_blocks(layout, queries, keys).tolist()
     expected = {(c, h * rows + i, j) for c in range(copies) for h, i, j in kept}
-    forward = forward_list(layout, problem)
-    assert pairs(forward, ROWS) == pairs(backward_list(layout, problem), ROWS) == Counter(expected)
-    assert not pairs(forward, COLUMNS)
+    assert pairs(work) == Counter(expected)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_column_lists_hold_each_kept_block_once_a_copy(case: tuple[int, ...]) -> None:
     layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
     layout = make_layout(layout_heads, queries, keys, block)
-    work = backward_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
+    work = column_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
     rows, columns, group = -(-queries // 64), -(-keys // 64), heads // kv_heads
     expected = set()
     for h, i, j in kept_blocks(layout, queries, keys).tolist():
@@ -93,7 +82,7 @@ def test_column_lists_hold_each_kept_block_once_a_copy(case: tuple[int, ...]) ->
         else:
             copies = range(BATCH * kv_heads)
             expected |= {(c, j, g * rows + i) for c in copies for g in range(group)}
-    assert pairs(work, COLUMNS) == Counter(expected)
+    assert pairs(work) == Counter(expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,73 +91,29 @@ def test_every_block_is_written_once_and_cut_blocks_have_all_their_slots(
 ) -> None:
     layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
     layout = make_layout(layout_heads, queries, keys, block)
-    work = backward_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
+    work = column_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
     slots: dict[tuple[int, int], list[int]] = {}
-    for _, _, copy, *rest in work.items[work.items[:, 9] == COLUMNS].tolist():
+    for _, _, copy, *rest in work.items.tolist():
         for owner, slot in zip(rest[:3], rest[3:6], strict=True):
             if owner >= 0:
                 slots.setdefault((copy, owner), []).append(slot)
     owner_heads = kv_heads if layout_heads > 1 else 1
     copies = BATCH * (1 if layout_heads > 1 else kv_heads)
     assert len(slots) == copies * owner_heads * -(-keys // 64)
-    of = work.slots.tolist()
-    used = set()
-    for found in slots.values():
-        if found != [-1]:
-            first, count = of[min(found)]
-            assert sorted(found) == list(range(first, first + count))
-            assert all(of[slot] == [first, count] for slot in found)
-            used.update(found)
-    assert used == set(range(len(of)))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_columns_come_after_the_rows_that_they_wait_for(case: tuple[int, ...]) -> None:
-    layout_heads, heads, kv_heads, queries, keys, block, head_dim = case
-    layout = make_layout(layout_heads, queries, keys, block)
-    work = backward_list(layout, Problem(BATCH, heads, kv_heads, queries, keys, head_dim))
-    rows, columns, group = -(-queries // 64), -(-keys // 64), heads // kv_heads
-
-    def unit(kind: int, copy: int, owner: int) -> tuple[int, int]:
-        """The sample and kv head of an item."""
-        if kind == ROWS:
-            sample, head = (copy, owner // rows) if layout_heads > 1 else divmod(copy, heads)
-            return sample, head // group
-        return (copy, owner // columns) if layout_heads > 1 else divmod(copy, kv_heads)
-
-    # Each workgroup goes on while its next item is one of rows, or all rows of its head have begun.
-    items = [
-        (kind, unit(kind, copy, owner)) for copy, owner, kind in work.items[:, [2, 3, 9]].tolist()
-    ]
-    missing = Counter(where for kind, where in items if kind == ROWS)
-    bounds = work.starts.tolist()
-    queues = [items[i:j][::-1] for i, j in itertools.pairwise(bounds)]
-    left = len(items)
-    while left:
-        before = left
-        for queue in queues:
-            while queue and (queue[-1][0] == ROWS or missing[queue[-1][1]] == 0):
-                kind, where = queue.pop()
-                missing[where] -= kind == ROWS
-                left -= 1
-        assert left < before, "every workgroup waits"
+    cut = {owner: list(range(first, first + n)) for owner, first, n in work.splits.tolist()}
+    for (_, owner), found in slots.items():
+        assert sorted(found) == cut.get(owner, [-1])
 
 
 def test_work_is_dealt_evenly() -> None:
     layout = make_layout(1, 16384, 16384, 64)
-    problem = Problem(2, 8, 8, 16384, 16384, 64)
-    for work, products in (
-        (forward_list(layout, problem), torch.tensor([2])),
-        (backward_list(layout, problem), torch.tensor([3, 4])),
-    ):
-        worker = torch.repeat_interleave(
-            torch.arange(work.starts.numel() - 1), work.starts.diff().long()
-        )
-        cost = work.items[:, 1] * products[work.items[:, 9].long()]
-        load = torch.zeros(work.starts.numel() - 1).index_add_(0, worker, cost.float())
-        # Hot columns have ten times a common column's blocks; without cutting and dealing the
-        # columns alone have 2.
-        assert load.max() < 1.15 * load.mean()
+    work = column_list(layout, Problem(2, 8, 8, 16384, 16384, 64))
+    worker = torch.repeat_interleave(
+        torch.arange(work.starts.numel() - 1), work.starts.diff().long()
+    )
+    entries = torch.zeros(work.starts.numel() - 1).index_add_(0, worker, work.items[:, 1].float())
+    # Hot columns have ten times a common column's blocks; without cutting and dealing this is 2.
+    assert entries.max() < 1.15 * entries.mean()
 
 
 def test_lists_are_derived_once_a_batch_size_and_their_lengths_may_change_in_a_graph() -> None:
@@ -180,7 +125,8 @@ def test_lists_are_derived_once_a_batch_size_and_their_lengths_may_change_in_a_g
     for _ in range(2):
         assert work_lists(layout, whole) is lists
         assert work_lists(layout, whole._replace(batch=3)) is last
-    assert torch.equal(lists.slots, backward_list(layout, whole).slots)
+    columns = column_list(layout, whole)
+    assert lists.column_slots.shape == (columns.slots,)
     assert all(hasattr(tensor, "_dynamo_weak_dynamic_indices") for tensor in lists)
 
 
