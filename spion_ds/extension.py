@@ -61,8 +61,9 @@ def _load() -> bool:
     except Exception as error:  # a toolchain fails in many ways, and none may end a run
         warnings.warn(
             f"the C++ operators are not available, so flood fill runs in Python (the same result; "
-            f"about 5 ms a layer at 64 blocks a side, 1 s at 1024), and block-sparse attention and "
-            f"attention maps on CPUs through PyTorch operators (3 to 4 and 5 to 30 times slower). "
+            f"about 5 ms a layer at 64 blocks a side, 1 s at 1024), block-sparse attention and "
+            f"attention maps on CPUs through PyTorch operators (3 to 4 and 5 to 30 times slower), "
+            f"and an eager call of Triton's kernels, forward and backward, takes 0.2 ms more. "
             f"{compiling.reason(error)}",
             RuntimeWarning,
             stacklevel=4,
