@@ -94,7 +94,6 @@ def is_faster(q: Tensor, options: AttentionOptions) -> bool:
     #   2,8,16384,64,  block 128   .304 : .334    .127 : .145    .070 : .082
     #   8,8,4096,64,   block 64    .322 : .347    .174 : .184    .132 : .127
     #   8,8,4096,64,   block 128   .311 : .357    .173 : .186    .129 : .130
-    # At 4096 an eager step costs the host less, too.
     return q.shape[3] == 128 or q.shape[2] >= _LONG
 
 
