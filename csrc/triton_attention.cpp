@@ -230,7 +230,7 @@ int64_t bits(double x) {
 // Whether Triton's kernels take x as it is, and nothing but its shape, strides and dtype matters to
 // what is launched.
 bool is_usual(const Tensor& x) {
-  return x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  return x.stride(-1) == 1 && !x.is_neg() && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 
 class Calls {
@@ -335,7 +335,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const c10::DeviceGuard guard(q.device());
   Key key;
   const bool usual =
-      is_usual(q) && is_usual(k) && is_usual(v) && is_usual(grad) && is_usual(out);
+      is_usual(q) && is_usual(k) && is_usual(v) && is_usual(grad) && is_usual(out) &&
+      is_usual(lse) && lse.is_contiguous() && lse.scalar_type() == at::kFloat;
   if (usual) {
     key = Calls::key({&q, &k, &v, &grad, &out}, rest);
     if (const auto plan = calls().find(key)) {

@@ -28,6 +28,8 @@ SLOTS = (
     *("seen_ptr", "spans_ptr", "delta_ptr", "sums_ptr", "done_ptr"),
 )
 _CONSTANT = -1  # the slot of a number
+# What a plain launch does without.
+_SPECIAL = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
 _INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
 
 
@@ -60,12 +62,9 @@ class Launches:
 
 def _words(compiled: Any, programs: int, arguments: tuple) -> list[int] | None:
     about = compiled.metadata
-    special = (
-        *(about.launch_cooperative_grid, about.launch_pdl),
-        *(about.global_scratch_size, about.profile_scratch_size),
-        getattr(about, "num_ctas", 1) != 1,
-    )
-    if any(special):
+    # Not every release of Triton has all of them.
+    special = any(getattr(about, name, 0) for name in _SPECIAL)
+    if special or getattr(about, "num_ctas", 1) != 1:
         return None
     parameters: list[int] = []
     for (name, kind), argument in zip(compiled.src.signature.items(), arguments, strict=True):
@@ -121,7 +120,8 @@ def launch(
     for x in strided:
         batch, head, token, _ = x.stride()
         views.append((x, batch, head, token))
-        usual = usual and (x.data_ptr() | batch | head | token) % 16 == 0 and batch < 2**31
+        usual = usual and (x.data_ptr() | batch | head | token) % 16 == 0
+        usual = usual and max(batch, head, token) < 2**31
     arguments = (
         *views,
         *data,

@@ -52,8 +52,8 @@ _START = ctypes.CFUNCTYPE(
 THREADS, SHARED = 128, 4096
 _METADATA = SimpleNamespace(
     **{"num_warps": THREADS // 32, "shared": SHARED},
-    **{"launch_pdl": False, "launch_cooperative_grid": False},
-    **{"global_scratch_size": 0, "profile_scratch_size": 0},
+    # As Triton 3.4 has them; newer releases have profile_scratch_size too.
+    **{"launch_pdl": False, "launch_cooperative_grid": False, "global_scratch_size": 0},
 )
 
 
