@@ -1,9 +1,10 @@
 // spion_ds::triton_attention: an eager call of the Triton kernels that costs the host little.
 //
 // Python launches a kind of call the first time (spion_ds/attention/triton_backend.py) and returns
-// what it launched: kernels, grids, and for each parameter a tensor's place or a number. Further calls
-// of that kind are launched from here with the addresses of their own tensors. What makes a kind is in
-// Calls::key. Needs no CUDA to compile; the driver is found where it was loaded.
+// what it launched (triton_launch.py): kernels, grids, and for each parameter a tensor's place or a
+// number. Further calls of that kind are launched from here with the addresses of their own tensors.
+// What makes a kind is in Calls::key. Needs no CUDA to compile; the driver is found where it was
+// loaded.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -32,8 +33,9 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Words = std::vector<int64_t>;  // triton_launch.py says what they tell of launches
 
-// The tensors that kernels have parameters for, in the order of triton_backend.py's _SLOTS.
+// The tensors that kernels have parameters for, in the order of triton_launch.py's SLOTS.
 enum Slot : int64_t {
   kQ, kK, kV, kOut, kLse, kRowPtr, kColIdx, kColPtr, kRowIdx, kColOrder, kColParts, kPadding,
   kDropoutKey, kGrad, kDq, kDk, kDv, kSeen, kSpans, kDelta, kSums, kDone, kSlots
@@ -120,8 +122,8 @@ struct Plan {
   std::vector<Kernel> kernels;
   std::array<int64_t, kSlots> bytes{};  // of each tensor that a kernel has a parameter for
 
-  // [kernels, then of each: function, programs, threads, shared bytes, parameters, (slot, value)...]
-  explicit Plan(const std::vector<int64_t>& words) {
+  // Of each kernel: function, programs, threads, shared bytes, parameters, (slot, value) of each.
+  explicit Plan(const Words& words) {
     const int64_t* next = words.data();
     kernels.resize(*next++);
     for (Kernel& kernel : kernels) {
@@ -161,7 +163,9 @@ class Addresses {
     }
   }
 
-  void set(Slot slot, const Tensor& x) { at_[slot] = reinterpret_cast<uint64_t>(x.const_data_ptr()); }
+  void set(Slot slot, const Tensor& x) {
+    at_[slot] = reinterpret_cast<uint64_t>(x.const_data_ptr());
+  }
   void same(Slot slot, Slot as) { at_[slot] = at_[as]; }
 
   void allocate(Slot slot, bool zeros = false) {
@@ -230,7 +234,8 @@ int64_t bits(double x) {
 // Whether Triton's kernels take x as it is, and nothing but its shape, strides and dtype matters to
 // what is launched.
 bool is_usual(const Tensor& x) {
-  return x.stride(-1) == 1 && !x.is_neg() && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  return x.stride(-1) == 1 && !x.is_neg() &&
+         reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
 }
 
 class Calls {
@@ -263,7 +268,7 @@ class Calls {
   }
 
   // An empty list says that the launches cannot be repeated.
-  void add(Key key, const std::vector<int64_t>& launches) {
+  void add(Key key, const Words& launches) {
     if (launches.empty()) {
       return;
     }
@@ -285,9 +290,40 @@ Calls& calls() {
   return *all;
 }
 
-template <typename Signature>
-auto python_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// ---- The operators of triton_backend.py ----
+
+// One that takes as many tensors first, then what Rest holds.
+template <typename Results, typename... Tensors>
+class PythonOperator {
+ public:
+  explicit PythonOperator(const char* name)
+      : operator_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
+
+  Results operator()(const Tensors&... tensors, const Rest& rest) const {
+    const auto& [a, b, c, d, e, f] = rest.index;
+    const Settings& s = rest.settings;
+    return operator_.call(tensors..., a, b, c, d, e, f, rest.padding, rest.dropout_key, s.block,
+                          s.scale, s.causal, s.pruned_zero, s.skip_padded, s.dropout_p);
+  }
+
+ private:
+  using Signature = Results(const Tensors&..., const Tensor&, const Tensor&, const Tensor&,
+                            const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, int64_t, double, bool, bool, bool, double);
+  c10::TypedOperatorHandle<Signature> operator_;
+};
+
+template <typename... Results>
+using ForwardOperator =
+    PythonOperator<std::tuple<Tensor, Tensor, Results...>, Tensor, Tensor, Tensor>;
+template <typename... Results>
+using BackwardOperator = PythonOperator<std::tuple<Tensor, Tensor, Tensor, Results...>, Tensor,
+                                        Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Whether operators must be called: x is a fake tensor, or a mode wants to see them.
+bool is_watched(const Tensor& x) {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         x.key_set().has(c10::DispatchKey::Python);
 }
 
 // ---- Forward and backward ----
@@ -314,15 +350,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
       return {out, lse};
     }
   }
-  static const auto launch = python_operator<std::tuple<Tensor, Tensor, std::vector<int64_t>>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-      int64_t, double, bool, bool, bool, double)>("spion_ds::triton_attention_fwd_launches");
-  const auto& [a, b, c, d, e, f] = rest.index;
-  const Settings& s = rest.settings;
-  auto [out, lse, launches] =
-      launch.call(q, k, v, a, b, c, d, e, f, rest.padding, rest.dropout_key, s.block, s.scale,
-                  s.causal, s.pruned_zero, s.skip_padded, s.dropout_p);
+  static const ForwardOperator<Words> launch("spion_ds::triton_attention_fwd_launches");
+  auto [out, lse, launches] = launch(q, k, v, rest);
   if (usual) {
     calls().add(std::move(key), launches);
   }
@@ -332,6 +361,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
                                             const Rest& rest) {
+  if (is_watched(grad)) {
+    static const BackwardOperator<> watched("spion_ds::block_sparse_attention_bwd");
+    return watched(grad, q, k, v, out, lse, rest);
+  }
   const c10::DeviceGuard guard(q.device());
   Key key;
   const bool usual =
@@ -363,17 +396,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
       return {dq, dk, dv};
     }
   }
-  static const auto launch =
-      python_operator<std::tuple<Tensor, Tensor, Tensor, std::vector<int64_t>>(
-          const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-          const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-          const OptionalTensor&, const OptionalTensor&, int64_t, double, bool, bool, bool,
-          double)>("spion_ds::triton_attention_bwd_launches");
-  const auto& [a, b, c, d, e, f] = rest.index;
-  const Settings& s = rest.settings;
-  auto [dq, dk, dv, launches] =
-      launch.call(grad, q, k, v, out, lse, a, b, c, d, e, f, rest.padding, rest.dropout_key,
-                  s.block, s.scale, s.causal, s.pruned_zero, s.skip_padded, s.dropout_p);
+  static const BackwardOperator<Words> launch("spion_ds::triton_attention_bwd_launches");
+  auto [dq, dk, dv, launches] = launch(grad, q, k, v, out, lse, rest);
   if (usual) {
     calls().add(std::move(key), launches);
   }
@@ -424,23 +448,16 @@ Tensor triton_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const OptionalTensor& padding, const OptionalTensor& dropout_key,
                         int64_t block, double scale, bool causal, bool pruned_zero,
                         bool skip_padded, double dropout_p, int64_t stream) {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-      q.key_set().has(c10::DispatchKey::Python)) {
-    // Fake tensors, or a mode that wants to see operators.
-    static const auto visible = python_operator<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-        const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-        int64_t, double, bool, bool, bool, double)>("spion_ds::block_sparse_attention_fwd");
-    return std::get<0>(visible.call(q, k, v, row_ptr, col_idx, col_ptr, row_idx, col_order,
-                                    col_parts, padding, dropout_key, block, scale, causal,
-                                    pruned_zero, skip_padded, dropout_p));
-  }
   auto rest = c10::make_intrusive<Rest>();
   rest->index = {row_ptr, col_idx, col_ptr, row_idx, col_order, col_parts};
   rest->padding = padding;
   rest->dropout_key = dropout_key;
   rest->settings = {block, scale, causal, pruned_zero, skip_padded, dropout_p};
   rest->stream = stream;
+  if (is_watched(q)) {
+    static const ForwardOperator<> watched("spion_ds::block_sparse_attention_fwd");
+    return std::get<0>(watched(q, k, v, *rest));
+  }
   return TritonAttention::apply(q, k, v, rest);
 }
 

@@ -120,6 +120,10 @@ def test_a_dispatch_mode_sees_the_operators(device):
         out.backward(inputs.grad)
     assert "spion_ds::block_sparse_attention_fwd" in names.seen
     assert "spion_ds::block_sparse_attention_bwd" in names.seen
+    out = block_sparse_attention(q, inputs.k, inputs.v, inputs.layout, backend="triton")
+    with Names() as names:  # of the backward pass alone
+        out.backward(inputs.grad)
+    assert "spion_ds::block_sparse_attention_bwd" in names.seen
 
 
 def test_without_a_compiler_the_operators_serve(device, monkeypatch):
