@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from spion_ds.attention import BlockLayout, block_sparse_attention, hopper_backend
+from spion_ds.attention import BlockLayout, block_sparse_attention
 from spion_ds.attention.functional import BACKENDS, choose_backend
+from spion_ds.attention.hopper import backend as hopper_backend
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
 

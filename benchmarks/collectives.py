@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spion_ds.training.ranks import Agreement, discover_ranks, end_process, join, leave
+from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.process_group import discover_ranks, end_process, join, leave
 
 ROUNDS, WARM_UP = 10, 3
 # Beside the bits of the masks the coordinator's message has a status and a digest.

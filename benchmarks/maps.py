@@ -27,11 +27,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spion_ds.attention import PooledMapAccumulator, SparseSelfAttention
-from spion_ds.attention.streaming_maps import MapRequest, block_sums, block_sums_torch
+from spion_ds.attention.map_dispatch import block_sums
+from spion_ds.attention.map_request import MapRequest
+from spion_ds.attention.streaming_maps import block_sums_torch
+from spion_ds.distributed.agreement import Agreement
 from spion_ds.patterns import DistanceRule, pattern_from_pooled
 from spion_ds.sparsity import SpionSparsityConfig
-from spion_ds.training.coordinator import Coordinator, layouts_digest
-from spion_ds.training.ranks import Agreement
+from spion_ds.switching.coordinator import Coordinator, layouts_digest
 
 # Some ten roundings of float32 an entry, of which a block averages many.
 TOLERANCE = 1e-6
@@ -254,8 +256,8 @@ TUNE = "| shape | kernel | rows | columns | pieces | warps | stages | registers 
 
 def tune(rounds: int) -> list[str]:
     """Yield the times of other launch configurations, one kernel's at a time."""
-    from spion_ds.attention import triton_maps
-    from spion_ds.attention.triton_maps import MapTiles
+    from spion_ds.attention.triton import maps as triton_maps
+    from spion_ds.attention.triton.maps import MapTiles
 
     softmax = [(128, 64, 1, 8, 3), (128, 128, 1, 8, 3), (128, 64, 1, 4, 3), (64, 64, 1, 4, 3)]
     tile = [

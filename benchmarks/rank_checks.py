@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rank_runs import Job, Killed, Workplace, losses, masks, rows
 
-from spion_ds.training.config import RunConfig, build_run_config
-from spion_ds.training.recipe_files import read_recipe
-from spion_ds.training.watch import LOST_RANK_EXIT
+from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
+from spion_ds.training.config.recipe_files import read_recipe
+from spion_ds.training.config.run import RunConfig, build_run_config
 
 STAGES = (0, 1, 2, 3)
 EVERY_STEP = ("training.log_every=1",)

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spion_ds.training.checkpoint import load_state
-from spion_ds.training.checkpoint_files import find_checkpoint
-from spion_ds.training.run_log import read_rows
+from spion_ds.training.checkpoints.checkpoint import load_state
+from spion_ds.training.checkpoints.files import find_checkpoint
+from spion_ds.training.reports.run_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"

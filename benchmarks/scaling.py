@@ -39,8 +39,8 @@ from timing import machine_lines
 
 from spion_ds.errors import ConfigError, SpionError
 from spion_ds.settings import require
-from spion_ds.training.config import RunConfig
-from spion_ds.training.evaluation import build_model
+from spion_ds.training.config.run import RunConfig
+from spion_ds.training.step.evaluation import build_model
 
 # The distance rule cannot fire before its third check, which is the step that forces the switch.
 SHORT = (

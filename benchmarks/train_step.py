@@ -32,16 +32,17 @@ from timing import machine_lines
 from torch import Tensor, nn
 
 from spion_ds.data import Dataset, Split, get_task
-from spion_ds.models import set_masks
-from spion_ds.training.batches import Batch, BatchOrder, read_batch
-from spion_ds.training.config import RunConfig, build_run_config
-from spion_ds.training.evaluation import build_model
-from spion_ds.training.ranks import Agreement, Ranks, discover_ranks, join, leave
-from spion_ds.training.recipe_files import read_recipe
-from spion_ds.training.run_log import peak_memory_bytes, read_rows, reset_peak_memory
-from spion_ds.training.stopping import StopRequest
+from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.heartbeat import Watch
+from spion_ds.distributed.process_group import Ranks, discover_ranks, join, leave
+from spion_ds.distributed.stopping import StopRequest
+from spion_ds.switching.masks import set_masks
+from spion_ds.training.config.recipe_files import read_recipe
+from spion_ds.training.config.run import RunConfig, build_run_config
+from spion_ds.training.reports.run_log import peak_memory_bytes, read_rows, reset_peak_memory
+from spion_ds.training.step.batches import Batch, BatchOrder, read_batch
+from spion_ds.training.step.evaluation import build_model
 from spion_ds.training.trainer import Trainer
-from spion_ds.training.watch import Watch
 
 # Relative difference of the fp32 losses of each of the first steps: other kernels add in another
 # order, and AdamW's first steps are as long as the learning rate whatever the gradient's size.

@@ -2,7 +2,7 @@
 
     python benchmarks/tune_tiles.py
 
-The table goes into spion_ds/attention/triton_tiles.py by hand, after a look at the margins: a
+The table goes into spion_ds/attention/triton/tiles.py by hand, after a look at the margins: a
 configuration that wins by less than two runs differ is no reason to change. Compiles on all cores.
 """
 
@@ -20,8 +20,9 @@ import torch
 from layouts import spion_like_mask
 from timing import graph_ms, machine_lines
 
-from spion_ds.attention import BlockLayout, block_sparse_attention, triton_backend
-from spion_ds.attention.triton_tiles import TABLE, Tiles
+from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.attention.triton import backend as triton_backend
+from spion_ds.attention.triton.tiles import TABLE, Tiles
 
 # Forward; backward by rows, by columns, and by both in one launch.
 KERNELS = ("fwd", "dq", "dkv", "both")

@@ -1,6 +1,6 @@
 // spion_ds::triton_attention: an eager call of the Triton kernels that costs the host little.
 //
-// Python launches a kind of call the first time (spion_ds/attention/triton_backend.py) and returns
+// Python launches a kind of call the first time (spion_ds/attention/triton/backend.py) and returns
 // what it launched (triton_launch.py): kernels, grids, and for each parameter a tensor's place or a
 // number. Further calls of that kind are launched from here with the addresses of their own tensors.
 // What makes a kind is in Calls::key. Needs no CUDA to compile; the driver is found where it was

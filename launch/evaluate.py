@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spion_ds.training.inference import PRECISIONS, EvaluateOptions, run_evaluate
-from spion_ds.training.ranks import end_process
+from spion_ds.distributed.process_group import end_process
+from spion_ds.inference.commands import PRECISIONS, EvaluateOptions, run_evaluate
 from spion_ds.training.session import run_command
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spion_ds.training.recipe_files import attention_names
-from spion_ds.training.reproduction import ReproduceOptions, read_plan, reproduce
+from spion_ds.training.config.recipe_files import attention_names
+from spion_ds.training.reports.reproduction import ReproduceOptions, read_plan, reproduce
 from spion_ds.training.session import run_command
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spion_ds.training.ranks import end_process
-from spion_ds.training.recipe_files import attention_names, recipe_names
+from spion_ds.distributed.process_group import end_process
+from spion_ds.training.config.recipe_files import attention_names, recipe_names
 from spion_ds.training.session import DEFAULT_RECIPE, TrainOptions, run_command, train
 
 

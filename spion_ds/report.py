@@ -23,8 +23,8 @@ import torch
 
 import spion_ds
 from spion_ds import compiling, extension
-from spion_ds.attention import hopper_backend
-from spion_ds.attention.dropout import HAS_TRITON
+from spion_ds.attention.available import HAS_TRITON
+from spion_ds.attention.hopper import backend as hopper_backend
 from spion_ds.errors import ConfigError
 
 _PACKAGES = ("triton", "deepspeed", "mpi4py", "transformers")

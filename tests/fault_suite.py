@@ -137,8 +137,8 @@ def draw(generator: random.Random, number: int) -> Case:
 def preload() -> None:
     """Import once what all ranks need, on the CPU and with one thread a rank."""
     os.environ.update(environment())
+    from spion_ds.distributed.process_group import import_deepspeed
     from spion_ds.extension import operators_available
-    from spion_ds.training.ranks import import_deepspeed
     from tests.training import faulty  # noqa: F401
 
     import_deepspeed()
@@ -147,7 +147,7 @@ def preload() -> None:
 
 def be_rank(rank: int, ranks: int, port: int, plan: Path, log: Path) -> None:
     """Be one of the ranks, in a process of its own, to the end of that process."""
-    from spion_ds.training.ranks import end_process
+    from spion_ds.distributed.process_group import end_process
     from tests.training.faulty import main
 
     with log.open("a") as output:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spion_ds import compiling, extension, report
-from spion_ds.attention import hopper_backend
+from spion_ds.attention.hopper import backend as hopper_backend
 from spion_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

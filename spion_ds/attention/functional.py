@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from spion_ds.attention.dropout import HAS_TRITON
+from spion_ds.attention.available import HAS_TRITON
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.reference import block_sparse_attention_reference
@@ -116,7 +116,7 @@ def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = 
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
     if backend == "hopper" or (backend == "auto" and q.is_cuda):
-        from spion_ds.attention import hopper_backend
+        from spion_ds.attention.hopper import backend as hopper_backend
 
         hopper_backend.prepare(q, k, layout, backend)
 
@@ -124,17 +124,17 @@ def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = 
 def choose_backend(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str:
     """Return the backend that ``backend="auto"`` takes: kernels of q's device where they serve."""
     if q.is_cuda:
-        from spion_ds.attention import hopper_backend
+        from spion_ds.attention.hopper import backend as hopper_backend
 
         if hopper_backend.serves_auto(q, layout, options):
             return "hopper"
     if q.is_cuda and HAS_TRITON:
-        from spion_ds.attention import triton_backend
+        from spion_ds.attention.triton import backend as triton_backend
 
         if triton_backend.unsupported(q, layout.block) is None:
             return "triton"
     if q.device.type == "cpu":
-        from spion_ds.attention import cpu_backend
+        from spion_ds.attention.cpu import backend as cpu_backend
 
         if cpu_backend.unsupported(q, layout) is None:
             return "cpp"
@@ -144,15 +144,15 @@ def choose_backend(q: Tensor, layout: BlockLayout, options: AttentionOptions) ->
 def _implementation(backend: str) -> Callable[..., Tensor]:
     """Return a backend's function; what it needs is imported with it."""
     if backend == "triton":
-        from spion_ds.attention import triton_backend
+        from spion_ds.attention.triton import backend as triton_backend
 
         return triton_backend.block_sparse_attention_triton
     if backend == "hopper":
-        from spion_ds.attention import hopper_backend
+        from spion_ds.attention.hopper import backend as hopper_backend
 
         return hopper_backend.block_sparse_attention_hopper
     if backend == "cpp":
-        from spion_ds.attention import cpu_backend
+        from spion_ds.attention.cpu import backend as cpu_backend
 
         return cpu_backend.block_sparse_attention_cpu
     if backend == "torch":

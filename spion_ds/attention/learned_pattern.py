@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spion_ds.attention.streaming_maps import MapRequest, check_tensors, pooled_map
+from spion_ds.attention.map_dispatch import pooled_map
+from spion_ds.attention.map_request import MapRequest, check_tensors
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import pattern_loss
 

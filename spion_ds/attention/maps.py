@@ -10,47 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spion_ds.attention.streaming_maps import (
-    MapRequest,
-    block_sums,
+from spion_ds.attention.map_dispatch import pooled_map, skewness
+from spion_ds.attention.map_request import (
     check_tensors,
+    map_request,
     mean_row_weights,
-    pooled_map,
-    row_counts,
-    skewness,
+    query_counts,
 )
 from spion_ds.errors import ConfigError
 from spion_ds.patterns.pooling import check_filter_size
-
-
-class AttentionMapAccumulator:
-    """Sums one layer's attention over micro-batches, so that ranks can add up and divide once.
-
-    Attributes:
-        total: (L, L) float64, row i = sum over heads and over the samples whose token i is real.
-        count: (L,) float64, how many (sample, head) pairs row i sums.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count: Tensor | None = None
-
-    @torch.no_grad()
-    def add(
-        self,
-        q_BHLD: Tensor,
-        k_BHLD: Tensor,
-        key_padding_mask: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> None:
-        """Add a micro-batch's attention; arguments as in :func:`attention_map`."""
-        check_tensors(q_BHLD, k_BHLD, key_padding_mask)
-        ones = q_BHLD.new_ones((q_BHLD.shape[2],), dtype=torch.float64)
-        sums = block_sums(_request(q_BHLD, k_BHLD, ones, key_padding_mask, causal, scale))
-        count = _row_counts(q_BHLD, key_padding_mask)
-        self.total = sums if self.total is None else self.total.add_(sums)
-        self.count = count if self.count is None else self.count.add_(count)
 
 
 def attention_map(
@@ -87,8 +55,8 @@ def attention_map(
     """
     _check(q, k, key_padding_mask, block, filter_size)
     with torch.no_grad():
-        weights = mean_row_weights(_row_counts(q, key_padding_mask))
-        request = _request(q, k, weights, key_padding_mask, causal, scale)
+        weights = mean_row_weights(query_counts(q, key_padding_mask))
+        request = map_request(q, k, weights, key_padding_mask, causal, scale)
         return pooled_map(request._replace(block=block or 1, filter_size=filter_size or 1))
 
 
@@ -117,28 +85,8 @@ def attention_skewness(
     """
     _check(q, k, key_padding_mask, None, None)
     with torch.no_grad():
-        weights = mean_row_weights(_row_counts(q, key_padding_mask))
-        return skewness(_request(q, k, weights, key_padding_mask, causal, scale))
-
-
-def _request(
-    q: Tensor,
-    k: Tensor,
-    row_weights: Tensor,
-    key_padding_mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-) -> MapRequest:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return MapRequest(q, k, row_weights, key_padding_mask, causal, scale)
-
-
-def _row_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """Return how many (sample, head) pairs have a real query in each row, (L,) float64."""
-    batch, heads, length, _ = q_BHLD.shape
-    if key_padding_mask is None:
-        return q_BHLD.new_full((length,), batch * heads, dtype=torch.float64)
-    return row_counts(key_padding_mask, heads)
+        weights = mean_row_weights(query_counts(q, key_padding_mask))
+        return skewness(map_request(q, k, weights, key_padding_mask, causal, scale))
 
 
 def _check(

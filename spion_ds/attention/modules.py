@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spion_ds.attention.dropout import HAS_TRITON
+from spion_ds.attention.available import HAS_TRITON
 from spion_ds.attention.functional import block_sparse_attention, prepare_layout
 from spion_ds.attention.layout import BlockLayout
-from spion_ds.attention.maps import AttentionMapAccumulator
+from spion_ds.attention.map_accumulators import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.options import zero_padding
-from spion_ds.attention.streaming_maps import PooledMapAccumulator
 from spion_ds.sparsity import SparsityConfig
 
 
@@ -162,6 +161,6 @@ class SparseSelfAttention(nn.Module):
         """Return whether there are block-sparse kernels for a GPU tensor."""
         if not (query.is_cuda and HAS_TRITON and self.backend in ("auto", "triton")):
             return False
-        from spion_ds.attention import triton_backend
+        from spion_ds.attention.triton import backend as triton_backend
 
         return triton_backend.unsupported(query, self.sparsity_config.block) is None

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spion_ds.attention.dropout import combine, keep_mask
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
+from spion_ds.random_bits import combine, keep_mask
 
 
 def block_sparse_attention_reference(

@@ -1,8 +1,8 @@
 """Attention maps pooled while they are computed: memory for tiles and (n, n) sums at any length.
 
 The diagonal convolution is linear, so a tile of the map can be added to the block sums as soon as
-it is known. The PyTorch functions here are the specification; cpu_maps.py and triton_maps.py are
-faster versions, chosen by :func:`block_sums`.
+it is known. The PyTorch functions here are the specification; cpu/maps.py and triton/maps.py are
+faster versions, chosen in map_dispatch.py.
 
 Shape suffixes: B batch, H heads, L tokens, R rows and C columns of a tile, D head_dim, n blocks.
 """
@@ -10,169 +10,16 @@ Shape suffixes: B batch, H heads, L tokens, R rows and C columns of a tile, D he
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spion_ds.attention.dropout import HAS_TRITON
-from spion_ds.errors import ConfigError
-from spion_ds.patterns.pooling import add_groups, check_block, check_filter_size, group_sizes
+from spion_ds.attention.map_request import MapRequest
+from spion_ds.patterns.pooling import add_groups
 
 # Bytes of the scores of one tile, all heads and samples.
 _TILE_BYTES = 64 << 20
-
-
-class MapRequest(NamedTuple):
-    """What a backend needs to know; checked by the functions that make one.
-
-    Attributes:
-        q: (batch, heads, L, head_dim).
-        k: (batch, kv_heads, L, head_dim).
-        row_weights: (L,) float64 on q's device; row i of the map is this times the sum over heads
-            and over the samples whose token i is real.
-        key_padding_mask: (batch, L) bool, True = real token.
-        causal: keys after the query are excluded.
-        scale: factor of the scores.
-        block: side of a block; 1 gives the token-level map.
-        filter_size: side of the diagonal convolution, odd; 1 is none.
-    """
-
-    q: Tensor
-    k: Tensor
-    row_weights: Tensor
-    key_padding_mask: Tensor | None
-    causal: bool
-    scale: float
-    block: int = 1
-    filter_size: int = 1
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return self.q.shape[2]
-
-
-class PooledMapAccumulator:
-    """Sums one layer's pooled map over micro-batches and ranks; nothing of size L × L is made.
-
-    The mean over the global batch divides row i by the number of (sample, head) pairs in which
-    token i is real. Pooling mixes rows, so that number must be known before the first
-    micro-batch: it follows from the padding masks alone (:func:`row_counts`, summed over
-    micro-batches and ranks, then :func:`mean_row_weights`).
-
-    Args:
-        block: side of a block, 1 to L.
-        filter_size: side of the diagonal convolution, odd, or None for none.
-        row_weights: (L,) floating, on the device of the queries to come.
-        keep_batches: whether to keep queries, keys and padding masks, for moments of the map that
-            are no sums over samples (:func:`skewness`).
-
-    Attributes:
-        total: (n, n) float64 with n = ceil(L / block). Added up over all ranks it is the pooled
-            mean map, ``pool_map(mean map, block, filter_size)``.
-        batches: what was added, if it is kept.
-
-    Raises:
-        ConfigError: an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        block: int,
-        filter_size: int | None,
-        row_weights: Tensor,
-        *,
-        keep_batches: bool = False,
-    ) -> None:
-        if row_weights.dim() != 1 or not row_weights.is_floating_point():
-            raise ConfigError(
-                f"row_weights has shape {tuple(row_weights.shape)} and dtype {row_weights.dtype}; "
-                f"allowed: (L,) floating"
-            )
-        length = row_weights.shape[0]
-        check_block(block, length)
-        check_filter_size(filter_size)
-        n = -(-length // block)
-        self.block, self.filter_size = block, filter_size
-        self.row_weights = row_weights.detach().to(torch.float64)
-        self.total = self.row_weights.new_zeros((n, n))
-        self.keep_batches = keep_batches
-        self.batches: list[MapRequest] = []
-
-    @torch.no_grad()
-    def add(
-        self,
-        q_BHLD: Tensor,
-        k_BHLD: Tensor,
-        key_padding_mask: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> None:
-        """Add a micro-batch's attention; arguments as in :func:`attention_map`.
-
-        Raises:
-            ConfigError: shapes do not fit each other or ``row_weights``.
-        """
-        check_tensors(q_BHLD, k_BHLD, key_padding_mask)
-        if q_BHLD.shape[2] != self.row_weights.shape[0]:
-            raise ConfigError(
-                f"q has {q_BHLD.shape[2]} tokens; row_weights are for {self.row_weights.shape[0]}"
-            )
-        request = MapRequest(
-            q_BHLD.detach(),
-            k_BHLD.detach(),
-            self.row_weights,
-            key_padding_mask,
-            causal,
-            q_BHLD.shape[-1] ** -0.5 if scale is None else scale,
-            self.block,
-            self.filter_size or 1,
-        )
-        self.total += pooled_map(request)
-        if self.keep_batches:
-            self.batches.append(request)
-
-
-def row_counts(key_padding_mask: Tensor, heads: int) -> Tensor:
-    """Return in how many (sample, head) pairs each token is real, (L,) float64.
-
-    Args:
-        key_padding_mask: (batch, L) bool, True = real token.
-        heads: of the queries.
-    """
-    return key_padding_mask.sum(dim=0).to(torch.float64) * heads
-
-
-def mean_row_weights(count: Tensor) -> Tensor:
-    """Return 1 / count, and 0 where a row is padding in every sample; (L,) float64.
-
-    Args:
-        count: (L,), :func:`row_counts` of the whole batch.
-    """
-    return torch.where(count > 0, 1.0 / count.to(torch.float64).clamp(min=1.0), 0.0)
-
-
-def pooled_map(request: MapRequest) -> Tensor:
-    """Return the pooled map of one batch, (n, n) float64; means over the entries of each block."""
-    sizes = group_sizes(request.length, request.block, request.q.device)
-    return block_sums(request) / (sizes[:, None] * sizes)
-
-
-def block_sums(request: MapRequest) -> Tensor:
-    """Return the block sums of the convolved map, (n, n) float64, by the fastest way there is."""
-    if request.q.is_cuda and HAS_TRITON:
-        from spion_ds.attention import triton_maps
-
-        if triton_maps.unsupported(request) is None:
-            return triton_maps.block_sums_triton(request)
-    if request.q.device.type == "cpu":
-        from spion_ds.attention import cpu_maps
-
-        if cpu_maps.unsupported(request) is None:
-            return cpu_maps.block_sums_cpu(request)
-    return block_sums_torch(request)
 
 
 def block_sums_torch(request: MapRequest) -> Tensor:
@@ -199,36 +46,6 @@ def block_sums_torch(request: MapRequest) -> Tensor:
         i, j = top // block, left // block
         total[i : i + sums.shape[0], j : j + sums.shape[1]] += sums
     return total
-
-
-def skewness(request: MapRequest) -> Tensor:
-    """Return the third standardised moment over all L² entries of the map, () float64.
-
-    The variance is the population's. The rows of a mean map sum to 1, or to 0 where the token is
-    padding in every sample, so the mean is known beforehand and the powers of the differences
-    from it add up tile by tile without cancellation. 0 where all entries are equal.
-    """
-    entries = request.length**2
-    mean = float((request.row_weights > 0).sum()) / entries
-    square, cube = _central_sums(request, mean)
-    # Not 0 / 0. NaN stays NaN.
-    return torch.where(square == 0.0, 0.0, (cube / entries) / (square / entries) ** 1.5)
-
-
-def _central_sums(request: MapRequest, mean: float) -> Tensor:
-    """Return Σ(a - mean)² and Σ(a - mean)³ over the map, (2,) float64."""
-    if request.q.is_cuda and HAS_TRITON:
-        from spion_ds.attention import triton_maps
-
-        request = request._replace(block=triton_maps.MIN_BLOCK)  # of no consequence here
-        if triton_maps.unsupported(request) is None:
-            return triton_maps.central_sums_triton(request, mean)
-    if request.q.device.type == "cpu":
-        from spion_ds.attention import cpu_maps
-
-        if cpu_maps.unsupported(request) is None:
-            return cpu_maps.central_sums_cpu(request, mean)
-    return central_sums_torch(request, mean)
 
 
 def central_sums_torch(request: MapRequest, mean: float) -> Tensor:
@@ -306,18 +123,3 @@ def _scores(request: MapRequest, rows: slice, columns: slice) -> Tensor:
         padded = ~request.key_padding_mask[:, None, None, columns]
         scores_BHRC.masked_fill_(padded, float("-inf"))
     return scores_BHRC
-
-
-def check_tensors(q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> None:
-    """Raise ConfigError unless the tensors fit each other."""
-    fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
-    if not fits or q.shape[1] % k.shape[1] != 0:
-        raise ConfigError(
-            "q is (batch, heads, L, head_dim) and k (batch, kv_heads, L, head_dim), kv_heads "
-            f"dividing heads; got {tuple(q.shape)} and {tuple(k.shape)}"
-        )
-    if key_padding_mask is not None and key_padding_mask.shape != (q.shape[0], q.shape[2]):
-        raise ConfigError(
-            f"key_padding_mask is bool {(q.shape[0], q.shape[2])}; got "
-            f"{tuple(key_padding_mask.shape)}"
-        )

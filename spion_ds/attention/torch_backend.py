@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spion_ds.attention.dropout import combine, keep_mask
 from spion_ds.attention.grouping import Group, group_by_degree
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
+from spion_ds.random_bits import combine, keep_mask
 
 # Bytes of one intermediate (scores of a piece of a group): about what stays in a CPU's cache, and
 # enough to fill a GPU while staying small beside the activations.

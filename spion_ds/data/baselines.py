@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spion_ds.data.cache import Split
+from spion_ds.data.storage.cache import Split
 
 
 def majority_baseline(train: Split, split: Split) -> float:

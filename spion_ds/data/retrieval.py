@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spion_ds.data.cache import Dataset, create_split, fingerprint, prepare_cache
-from spion_ds.data.skyformer import Pickles
+from spion_ds.data.storage.cache import Dataset, create_split, fingerprint, prepare_cache
+from spion_ds.data.storage.skyformer import Pickles
 from spion_ds.data.text import VOCAB_SIZE, byte_ids, encode
 from spion_ds.errors import DataError
 from spion_ds.settings import require

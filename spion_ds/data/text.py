@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from spion_ds.data.archives import DOWNLOAD, Archive
-from spion_ds.data.cache import Dataset, create_split, prepare_cache
-from spion_ds.data.skyformer import Pickles
+from spion_ds.data.storage.archives import DOWNLOAD, Archive
+from spion_ds.data.storage.cache import Dataset, create_split, prepare_cache
+from spion_ds.data.storage.skyformer import Pickles
 from spion_ds.errors import DataError
 from spion_ds.settings import require
 

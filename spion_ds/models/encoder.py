@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
-from spion_ds.attention.dropout import combine, dropout
+from spion_ds.attention.dropout import dropout
 from spion_ds.models.embedding import Embedding
 from spion_ds.models.rotary import rotate, rotations
+from spion_ds.random_bits import combine
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.models.encoder import EncoderClassifier, ModelConfig
-from spion_ds.models.masks import get_masks, set_masks
 from spion_ds.settings import read_dataclass
 from spion_ds.sparsity import read_sparse_attention
+from spion_ds.switching.masks import get_masks, set_masks
 
 FORMAT = 1
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -51,7 +51,7 @@ def save_model(
     """
     folder = Path(folder)
     check_new_folder(folder)
-    masks = get_masks(model)
+    masks = get_masks(model, model.sizes["max_length"])
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()

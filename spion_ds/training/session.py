@@ -17,24 +17,24 @@ import yaml
 
 from spion_ds.data import Dataset, get_task
 from spion_ds.data.baselines import majority_baseline
+from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.heartbeat import LOST_RANK_EXIT, LostRankError, Watch, speaks
+from spion_ds.distributed.process_group import MissingRankError, Ranks, discover_ranks, join, leave
+from spion_ds.distributed.stopping import Stopped, StopRequest
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
-from spion_ds.training.checkpoint import check_harmless, load_state
-from spion_ds.training.checkpoint_files import find_checkpoint, has_checkpoint
-from spion_ds.training.config import RunConfig, build_run_config
-from spion_ds.training.deepspeed_config import check_with_deepspeed
-from spion_ds.training.evaluation import Evaluation, evaluate, load_checkpoint_model
-from spion_ds.training.map_memory import check_map_memory
-from spion_ds.training.ranks import Agreement, MissingRankError, Ranks, discover_ranks, join, leave
-from spion_ds.training.recipe_files import read_deepspeed_json, read_recipe
-from spion_ds.training.resuming import Resume, check_rule_memory, plan_resume
-from spion_ds.training.run_log import seconds_per_step
-from spion_ds.training.stopping import Stopped, StopRequest
-from spion_ds.training.strict_files import read_yaml
-from spion_ds.training.subexpressions import check_readable
-from spion_ds.training.summary import summary_table
+from spion_ds.training.checkpoints.checkpoint import check_harmless, load_state
+from spion_ds.training.checkpoints.files import find_checkpoint, has_checkpoint
+from spion_ds.training.checkpoints.resuming import Resume, check_rule_memory, plan_resume
+from spion_ds.training.config.deepspeed import check_with_deepspeed
+from spion_ds.training.config.map_memory import check_map_memory
+from spion_ds.training.config.recipe_files import read_deepspeed_json, read_recipe
+from spion_ds.training.config.run import RunConfig, build_run_config
+from spion_ds.training.config.strict_files import read_yaml
+from spion_ds.training.reports.run_log import seconds_per_step
+from spion_ds.training.reports.summary import summary_table
+from spion_ds.training.step.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.trainer import Trainer
-from spion_ds.training.watch import LOST_RANK_EXIT, LostRankError, Watch, speaks
 
 DEFAULT_RECIPE = "listops_small"
 USER_ERROR_EXIT = 2
@@ -141,7 +141,7 @@ def train(options: TrainOptions) -> None:
     with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
-        agreement.from_first(lambda: check_readable(config, dataset))
+        agreement.from_first(lambda: _check_samples(config, dataset))
         if config.switches:
             majority = majority_baseline(dataset.train, dataset.validation)
             config.transition.check_gain(majority)
@@ -161,6 +161,20 @@ def train(options: TrainOptions) -> None:
             trainer.log.close()
     if trainer.stopped_by_signal and not finished:
         raise Stopped
+
+
+def _check_samples(config: RunConfig, dataset: Dataset) -> None:
+    """Let the task look at its training samples, for what the run wants to do with them."""
+    check = get_task(config.task).check_samples
+    if check is not None:
+        check(
+            dataset,
+            {
+                "model.nesting_levels": (config.model.nesting_levels, 0),
+                "model.subexpression_loss": (config.model.subexpression_loss, 0),
+                "training.augment": (config.training.augment, False),
+            },
+        )
 
 
 def prepare_data(

@@ -12,58 +12,58 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
-from spion_ds.attention.dropout import sample_keys
-from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
-from spion_ds.data import Dataset
+from spion_ds.attention.map_request import mean_row_weights, row_counts
+from spion_ds.data import Dataset, get_task
 from spion_ds.data.baselines import majority_baseline
-from spion_ds.data.listops_levels import subexpression_values
+from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.heartbeat import Watch
+from spion_ds.distributed.process_group import Ranks, import_deepspeed
+from spion_ds.distributed.stopping import StopRequest
 from spion_ds.errors import SpionError
-from spion_ds.models import set_masks
+from spion_ds.random_bits import sample_keys
 from spion_ds.sparsity import SwitchingSparsityConfig
-from spion_ds.training.acceleration import AcceleratedForward
-from spion_ds.training.augmentation import make_augmentation
-from spion_ds.training.batches import (
-    Batch,
-    BatchOrder,
-    BatchReader,
-    DrawKeys,
-    micro_batch_positions,
+from spion_ds.switching.coordinator import (
+    CoordinationError,
+    Coordinator,
+    PatternError,
+    layouts_digest,
 )
-from spion_ds.training.checkpoint import (
+from spion_ds.switching.masks import set_masks
+from spion_ds.training.checkpoints.checkpoint import (
     TrainingState,
     gathered,
     load_state,
     load_weights,
     save_checkpoint,
 )
-from spion_ds.training.checkpoint_files import (
-    checkpoint_name,
-    prune_checkpoints,
-    write_pointer,
+from spion_ds.training.checkpoints.files import checkpoint_name, prune_checkpoints, write_pointer
+from spion_ds.training.checkpoints.resuming import Resume, drop_universal, make_universal
+from spion_ds.training.config.deepspeed import with_universal_checkpoint, zero_stage
+from spion_ds.training.config.run import RunConfig
+from spion_ds.training.reports.metrics import Tally
+from spion_ds.training.reports.run_log import (
+    RunLog,
+    StepTimer,
+    peak_memory_bytes,
+    reset_peak_memory,
 )
-from spion_ds.training.config import RunConfig
-from spion_ds.training.coordinator import (
-    CoordinationError,
-    Coordinator,
-    PatternError,
-    layouts_digest,
+from spion_ds.training.step.acceleration import AcceleratedForward
+from spion_ds.training.step.batches import (
+    Batch,
+    BatchOrder,
+    BatchReader,
+    DrawKeys,
+    micro_batch_positions,
 )
-from spion_ds.training.deepspeed_config import with_universal_checkpoint, zero_stage
-from spion_ds.training.evaluation import build_model, evaluate
-from spion_ds.training.losses import Losses
-from spion_ds.training.optimizer_hooks import (
+from spion_ds.training.step.deepspeed_engine import (
     clip_by_value,
     restart,
     step_unless,
     step_without_waiting,
 )
-from spion_ds.training.ranks import Agreement, Ranks, import_deepspeed
-from spion_ds.training.resuming import Resume, drop_universal, make_universal
-from spion_ds.training.run_log import RunLog, StepTimer, peak_memory_bytes, reset_peak_memory
-from spion_ds.training.step_guard import StepGuard, StepReport
-from spion_ds.training.stopping import StopRequest
-from spion_ds.training.tally import Tally
-from spion_ds.training.watch import Watch
+from spion_ds.training.step.evaluation import build_model, evaluate
+from spion_ds.training.step.losses import Losses
+from spion_ds.training.step.step_guard import StepGuard, StepReport
 
 # Skipping more steps than this without one that counts is no training.
 _MOST_SKIPPED = 10
@@ -187,6 +187,8 @@ class Trainer:
     def _make_reader(self) -> BatchReader:
         """Return what reads this rank's micro-batches, with their keys, ahead of the steps."""
         config, ranks = self.config, self.ranks
+        task = get_task(config.task)
+        augments, names = config.training.augment, config.model.subexpression_loss > 0.0
         return BatchReader(
             self.dataset.train,
             self.order,
@@ -201,10 +203,8 @@ class Trainer:
                 DrawKeys.places(self.model.dropout_places),
             ),
             self.device,
-            augment=(
-                make_augmentation(config.task, config.data) if config.training.augment else None
-            ),
-            values=subexpression_values if config.model.subexpression_loss > 0.0 else None,
+            augment=task.augmentation(config.data) if augments and task.augmentation else None,
+            values=task.token_targets.values if names and task.token_targets else None,
         )
 
     @property

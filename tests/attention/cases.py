@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
-from spion_ds.attention.dropout import HAS_TRITON
+from spion_ds.attention.available import HAS_TRITON
 
 BLOCKS = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 48, 64, 80, 128, 256)

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spion_ds.attention import hopper_backend, hopper_plan
-from spion_ds.attention.hopper_plan import TOKENS, WorkLists
+from spion_ds.attention.hopper import backend as hopper_backend
+from spion_ds.attention.hopper import plan as hopper_plan
+from spion_ds.attention.hopper.plan import TOKENS, WorkLists
 
 
 @contextmanager

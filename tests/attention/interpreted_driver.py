@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spion_ds.attention import BlockLayout, layout, triton_backend, triton_launch
+from spion_ds.attention import BlockLayout, layout
+from spion_ds.attention.triton import backend as triton_backend
+from spion_ds.attention.triton import launch as triton_launch
 
 from .cases import Case, Inputs, Results, Size, evaluate, make
 

@@ -101,7 +101,8 @@ def fixed(value):
 @needs_triton
 @pytest.mark.parametrize("case", [Case(), MIXED], ids=str)
 def test_a_new_layout_changes_nothing_that_is_compiled_in(case, device, monkeypatch):
-    from spion_ds.attention import triton_backend, triton_kernels
+    from spion_ds.attention.triton import backend as triton_backend
+    from spion_ds.attention.triton import kernels as triton_kernels
 
     kernels = {}
     for name in ("fwd", "bwd"):

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spion_ds.attention import BlockLayout, block_sparse_attention, cpu_backend
+from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.attention.cpu import backend as cpu_backend
 from spion_ds.errors import ConfigError
 from spion_ds.extension import operators_available
 

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
-from spion_ds.attention.dropout import (
-    combine,
-    dropout,
-    keep_mask,
-    keep_threshold,
-    mix,
-    sample_keys,
-)
+from spion_ds.attention.dropout import dropout
+from spion_ds.random_bits import combine, keep_mask, keep_threshold, mix, sample_keys
 
 from .cases import BACKENDS, DTYPES, needs_gpu, needs_triton
 
@@ -286,7 +280,7 @@ def test_no_generator_is_touched(device):
 )
 @pytest.mark.parametrize("shape", [(3, 5), (2, 40, 37), (2, 3, 16, 32)])
 def test_the_kernels_bits_are_pytorchs(shape, dtype, device):
-    from spion_ds.attention.triton_dropout import dropout_triton
+    from spion_ds.attention.triton.dropout import dropout_triton
 
     keys = signed([5, WORD - 6, 7][: shape[0]])
     x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -302,7 +296,7 @@ def test_the_kernels_bits_are_pytorchs(shape, dtype, device):
 
 @needs_triton
 def test_the_kernel_takes_strided_inputs(device):
-    from spion_ds.attention.triton_dropout import dropout_triton
+    from spion_ds.attention.triton.dropout import dropout_triton
 
     x, keys = torch.randn(2, 7, 5, device=device), signed([1, 2]).to(device)
     strided = x.transpose(1, 2).contiguous().transpose(1, 2)

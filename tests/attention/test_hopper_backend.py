@@ -21,11 +21,11 @@ from spion_ds.attention import (
     BlockLayout,
     SparseSelfAttention,
     block_sparse_attention,
-    hopper_backend,
-    hopper_plan,
     prepare_layout,
 )
 from spion_ds.attention.functional import choose_backend
+from spion_ds.attention.hopper import backend as hopper_backend
+from spion_ds.attention.hopper import plan as hopper_plan
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity import SpionSparsityConfig

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spion_ds.attention import hopper_plan
-from spion_ds.attention.hopper_plan import Problem, WorkList, column_list, row_list, work_lists
+from spion_ds.attention.hopper import plan as hopper_plan
+from spion_ds.attention.hopper.plan import Problem, WorkList, column_list, row_list, work_lists
 from spion_ds.attention.layout import BlockLayout
 
 # (layout heads, heads, kv_heads, queries, keys, block, head_dim)

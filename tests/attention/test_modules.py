@@ -15,8 +15,8 @@ from spion_ds.attention import (
     attention_map,
     block_sparse_attention,
 )
-from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
+from spion_ds.random_bits import sample_keys
 from spion_ds.sparsity import DenseSparsityConfig, SparsityConfig, SpionSparsityConfig
 
 from .cases import needs_gpu, relative_error

@@ -37,7 +37,7 @@ def options_of(device) -> dict:
 
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "padding and dropout"])
 def test_operators_pass_opcheck(rich, qkv, device):
-    import spion_ds.attention.triton_backend  # noqa: F401
+    import spion_ds.attention.triton.backend  # noqa: F401
 
     layout = layout_of(device)
     index = (layout.row_ptr, layout.col_idx, layout.col_ptr, layout.row_idx)
@@ -99,7 +99,7 @@ def test_another_layout_is_not_traced_again(qkv, device):
 
 def test_compiled_attention_reads_and_writes_where_eager_attention_does(device, monkeypatch):
     """Inductor puts no copies around the operators."""
-    from spion_ds.attention import triton_backend
+    from spion_ds.attention.triton import backend as triton_backend
 
     layout, options, seen = layout_of(device), options_of(device), []
 

@@ -15,10 +15,11 @@ from spion_ds.attention import (
     SparseSelfAttention,
     attention_map,
     attention_skewness,
-    cpu_maps,
     streaming_maps,
 )
-from spion_ds.attention.streaming_maps import MapRequest, block_sums_torch, mean_row_weights
+from spion_ds.attention.cpu import maps as cpu_maps
+from spion_ds.attention.map_request import MapRequest, mean_row_weights
+from spion_ds.attention.streaming_maps import block_sums_torch
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import pool_map
 from spion_ds.patterns.spion import VARIANTS, pattern_from_pooled
@@ -290,7 +291,7 @@ TRITON_CASES = [
 
 
 def triton_sums(request: MapRequest, device) -> Tensor:
-    from spion_ds.attention import triton_maps
+    from spion_ds.attention.triton import maps as triton_maps
 
     moved = MapRequest(*(x.to(device) if isinstance(x, Tensor) else x for x in request))
     assert triton_maps.unsupported(moved) is None
@@ -331,7 +332,7 @@ def test_triton_takes_scales_of_any_sign(scale, device):
 @needs_triton
 @pytest.mark.parametrize(("causal", "padding"), [(False, "none"), (True, "holes")])
 def test_triton_sums_powers(causal, padding, device):
-    from spion_ds.attention import triton_maps
+    from spion_ds.attention.triton import maps as triton_maps
 
     request = request_of(70, 16, 1, causal, padding)
     expected = streaming_maps.central_sums_torch(in_float64(request), 0.01)
@@ -348,7 +349,7 @@ def test_triton_sums_token_level_maps_beyond_float32(dtype, device):
     q, k = (1e-2 * torch.randn(8, 4, 33, 8).to(device, dtype) for _ in range(2))
     real = draw_padding("tail", 8, 33).to(device)
     ones = torch.ones(33, dtype=torch.float64, device=device)
-    from spion_ds.attention import triton_maps
+    from spion_ds.attention.triton import maps as triton_maps
 
     sums = []
     for count in (1, 8):
@@ -362,7 +363,7 @@ def test_triton_sums_token_level_maps_beyond_float32(dtype, device):
 
 @needs_triton
 def test_triton_says_what_it_cannot_do():
-    from spion_ds.attention import triton_maps
+    from spion_ds.attention.triton import maps as triton_maps
 
     assert "blocks from 16, and of 1 without a filter; got 8 with a filter of 31" in (
         triton_maps.unsupported(request_of(70, 8, 31))

@@ -43,7 +43,7 @@ def test_repeated_launches_give_the_same_bits_in_the_interpreter(tmp_path):
     ids=str,
 )
 def test_repeated_launches_give_the_same_bits(case, device, monkeypatch):
-    from spion_ds.attention import triton_backend
+    from spion_ds.attention.triton import backend as triton_backend
 
     inputs = make(case, ON_GPU, device)
     evaluate(inputs, "triton")
@@ -127,7 +127,7 @@ def test_a_dispatch_mode_sees_the_operators(device):
 
 
 def test_without_a_compiler_the_operators_serve(device, monkeypatch):
-    from spion_ds.attention import triton_backend
+    from spion_ds.attention.triton import backend as triton_backend
 
     inputs = make(Case(dropout_p=0.3), SMALLER, device)
     expected = evaluate(inputs, "triton")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spion_ds.data import archives, image, text
-from spion_ds.data.archives import Archive
+from spion_ds.data import image, text
 from spion_ds.data.image import ImageConfig, to_grey
-from spion_ds.data.restricted_pickle import load_pickle
+from spion_ds.data.storage import archives
+from spion_ds.data.storage.archives import Archive
+from spion_ds.data.storage.restricted_pickle import load_pickle
 from spion_ds.data.text import TextConfig
 from spion_ds.errors import ConfigError, DataError
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spion_ds.data import cache
-from spion_ds.data.cache import cache_folder, create_split, open_cache, prepare_cache
-from spion_ds.data.listops import ListOpsConfig, prepare
+from spion_ds.data.listops.task import ListOpsConfig, prepare
+from spion_ds.data.storage import cache
+from spion_ds.data.storage.cache import cache_folder, create_split, open_cache, prepare_cache
 from spion_ds.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -271,7 +271,7 @@ def test_a_killed_generation_leaves_no_cache_and_the_next_one_succeeds(
 TOY = """
 import sys
 from pathlib import Path
-from spion_ds.data.cache import SPLITS, create_split, prepare_cache
+from spion_ds.data.storage.cache import SPLITS, create_split, prepare_cache
 
 def build(folder):
     print("building", flush=True)

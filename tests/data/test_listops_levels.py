@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spion_ds.data.listops import encode, evaluate
-from spion_ds.data.listops_levels import (
+from spion_ds.data.listops.levels import (
     NO_VALUE,
     first_fault,
     shuffle_operands,
     subexpression_values,
     take_apart,
 )
-from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, SM_ID, TreeShape, draw_trees
+from spion_ds.data.listops.task import encode, evaluate
+from spion_ds.data.listops.trees import CLOSE_ID, MIN_ID, SM_ID, TreeShape, draw_trees
 
 
 def drawn(count: int) -> np.ndarray:

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spion_ds.data import pathfinder, pathfinder_snakes, processes
-from spion_ds.data.pathfinder import (
+from spion_ds.data.pathfinder import snakes as pathfinder_snakes
+from spion_ds.data.pathfinder import task as pathfinder
+from spion_ds.data.pathfinder.snakes import Scene, draw_images
+from spion_ds.data.pathfinder.strokes import FIRST_DIRECTIONS, WEIGHT_ONE, Strokes, make_strokes
+from spion_ds.data.pathfinder.task import (
     SHARD_IMAGES,
     PathfinderConfig,
     PathXConfig,
@@ -24,8 +27,7 @@ from spion_ds.data.pathfinder import (
     draw_shard,
     prepare,
 )
-from spion_ds.data.pathfinder_snakes import Scene, draw_images
-from spion_ds.data.pathfinder_strokes import FIRST_DIRECTIONS, WEIGHT_ONE, Strokes, make_strokes
+from spion_ds.data.storage import processes
 from spion_ds.errors import ConfigError, DataError
 
 TINY = PathfinderConfig(

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from spion_ds.data import processes
-from spion_ds.data.processes import map_in_processes
+from spion_ds.data.storage import processes
+from spion_ds.data.storage.processes import map_in_processes
 from spion_ds.errors import DataError
 
 pytestmark = pytest.mark.ranks
@@ -81,7 +81,7 @@ def test_a_process_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch
 PROGRAM = """
 import os, signal
 from contextlib import closing
-from spion_ds.data.processes import map_in_processes
+from spion_ds.data.storage.processes import map_in_processes
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
 os.sched_getaffinity = lambda pid: {0, 1}
 pause = "__import__('signal').pause()"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from spion_ds.attention import AttentionMapAccumulator
-from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.models.encoder import POOLINGS
+from spion_ds.random_bits import sample_keys
 from spion_ds.sparsity import SatAttentionConfig, SparseAttentionConfig
 
 VOCABULARY, CLASSES, LENGTH, BLOCK = 17, 10, 48, 16

@@ -13,12 +13,18 @@ import torch
 import torch.distributed as dist
 from transformers import BertConfig, BertForSequenceClassification
 
+from spion_ds.distributed.process_group import (
+    discover_ranks,
+    end_process,
+    import_deepspeed,
+    join,
+    leave,
+)
 from spion_ds.ops.sparse_attention import (
     BigBirdSparsityConfig,
     DenseSparsityConfig,
     SparseAttentionUtils,
 )
-from spion_ds.training.ranks import discover_ranks, end_process, import_deepspeed, join, leave
 
 HEADS, LENGTH, BATCH, STEPS = 4, 96, 8, 8
 SPARSITY = {

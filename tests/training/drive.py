@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spion_ds.training.ranks import end_process, leave
+from spion_ds.distributed.process_group import end_process, leave
 from spion_ds.training.session import TrainOptions, train
 
 

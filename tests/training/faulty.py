@@ -23,11 +23,14 @@ from unittest import mock
 
 import torch
 
+from spion_ds.distributed.process_group import discover_ranks, end_process, leave
+from spion_ds.distributed.stopping import Stopped
 from spion_ds.errors import SpionError
-from spion_ds.training import checkpoint, coordinator, losses, trainer
-from spion_ds.training.ranks import discover_ranks, end_process, leave
+from spion_ds.switching import coordinator
+from spion_ds.training import trainer
+from spion_ds.training.checkpoints import checkpoint
 from spion_ds.training.session import TrainOptions, run_command, train
-from spion_ds.training.stopping import Stopped
+from spion_ds.training.step import losses
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (trainer.Trainer, "_step"),

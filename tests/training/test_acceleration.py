@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from spion_ds.attention import AttentionMapAccumulator
-from spion_ds.attention.dropout import sample_keys
 from spion_ds.errors import ConfigError
-from spion_ds.models import EncoderClassifier, ModelConfig, set_masks
+from spion_ds.models import EncoderClassifier, ModelConfig
+from spion_ds.random_bits import sample_keys
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig, SparseAttentionConfig
-from spion_ds.training.acceleration import AcceleratedForward
-from spion_ds.training.config import build_run_config
-from spion_ds.training.recipe_files import read_recipe
+from spion_ds.switching.masks import set_masks
+from spion_ds.training.config.recipe_files import read_recipe
+from spion_ds.training.config.run import build_run_config
+from spion_ds.training.step.acceleration import AcceleratedForward
 from tests.training.launching import TINY
 
 LENGTH = 64

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.errors import CheckpointError
-from spion_ds.training.checkpoint import check_harmless
-from spion_ds.training.checkpoint_files import find_checkpoint, write_manifest
-from spion_ds.training.ranks import discover_ranks
+from spion_ds.training.checkpoints.checkpoint import check_harmless
+from spion_ds.training.checkpoints.files import find_checkpoint, write_manifest
 from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch
 
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from spion_ds.data import Split
-from spion_ds.training.batches import BatchOrder, BatchReader, micro_batch_positions, read_batch
+from spion_ds.training.step.batches import (
+    BatchOrder,
+    BatchReader,
+    micro_batch_positions,
+    read_batch,
+)
 
 
 def test_every_epoch_takes_each_sample_once_in_a_new_order() -> None:

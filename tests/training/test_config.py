@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
+from spion_ds.distributed.process_group import import_deepspeed
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity.block import MODES
-from spion_ds.training.config import RunConfig, build_run_config
-from spion_ds.training.deepspeed_config import zero_stage
-from spion_ds.training.ranks import import_deepspeed
-from spion_ds.training.recipe_files import (
+from spion_ds.training.config.deepspeed import zero_stage
+from spion_ds.training.config.recipe_files import (
     attention_names,
     read_attention,
     read_recipe,
     recipe_names,
 )
+from spion_ds.training.config.run import RunConfig, build_run_config
 from tests.training.launching import ROOT
 
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
 from spion_ds.attention.layout import pack_mask
-from spion_ds.attention.streaming_maps import mean_row_weights, row_counts
+from spion_ds.attention.map_request import mean_row_weights, row_counts
+from spion_ds.distributed.agreement import Agreement
 from spion_ds.patterns import DistanceRule, FixedStepRule, SkewnessRule, sat_pattern, spion_cf
 from spion_ds.patterns.spion import VARIANTS
 from spion_ds.sparsity import SatSparsityConfig, SpionSparsityConfig
-from spion_ds.training.coordinator import CoordinationError, Coordinator
-from spion_ds.training.ranks import Agreement
+from spion_ds.switching.coordinator import CoordinationError, Coordinator
 
 LENGTH, BLOCK = 64, 16
 

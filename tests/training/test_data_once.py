@@ -12,10 +12,10 @@ from unittest import mock
 
 import pytest
 
-from spion_ds.data import listops
-from spion_ds.training.config import build_run_config
-from spion_ds.training.ranks import Ranks
-from spion_ds.training.recipe_files import read_recipe
+from spion_ds.data.listops import task as listops
+from spion_ds.distributed.process_group import Ranks
+from spion_ds.training.config.recipe_files import read_recipe
+from spion_ds.training.config.run import build_run_config
 from spion_ds.training.session import prepare_data
 from tests.training.launching import TINY
 

@@ -19,11 +19,12 @@ import yaml
 
 from spion_ds.data import Split
 from spion_ds.errors import ConfigError, DataError
-from spion_ds.models import get_masks, load_model
+from spion_ds.inference.commands import EvaluateOptions, open_model, run_evaluate
+from spion_ds.models import load_model
+from spion_ds.switching.masks import get_masks
 from spion_ds.training import session
-from spion_ds.training.checkpoint import TrainingState
-from spion_ds.training.deepspeed_config import BatchSizes
-from spion_ds.training.inference import EvaluateOptions, open_model, run_evaluate
+from spion_ds.training.checkpoints.checkpoint import TrainingState
+from spion_ds.training.config.deepspeed import BatchSizes
 from spion_ds.training.trainer import Trainer
 from tests.training.launching import (
     LIMIT_SECONDS,
@@ -92,7 +93,8 @@ def test_an_exported_model_predicts_what_its_checkpoint_does(
     run, model, inputs = trained / "runs" / "r", tmp_path / "model", tmp_path / "inputs"
     inputs.write_text("[MAX 2 [MIN 7 3 ] ]\n\n11 3 4 15\n5\n")
     run_evaluate(EvaluateOptions(run, export=model))
-    assert get_masks(load_model(model)) is not None
+    loaded = load_model(model)
+    assert get_masks(loaded, loaded.sizes["max_length"]) is not None
 
     def predictions(*options: Any, **named: Any) -> list[dict]:
         capsys.readouterr()

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
+from spion_ds.distributed.heartbeat import LOST_RANK_EXIT, _Judge
 from spion_ds.errors import CheckpointError
-from spion_ds.training.checkpoint_files import (
+from spion_ds.training.checkpoints.files import (
     check_whole,
     find_checkpoint,
     prune_checkpoints,
     publish,
     write_manifest,
 )
-from spion_ds.training.watch import LOST_RANK_EXIT, _Judge
 from tests.training.launching import (
     LIMIT_SECONDS,
     TINY,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spion_ds.training.run_log import RunLog
+from spion_ds.training.reports.run_log import RunLog
 from spion_ds.training.session import USER_ERROR_EXIT, run_command
 from tests.training.launching import LIMIT_SECONDS, ROOT, TINY, environment, session
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spion_ds.training.watch import LOST_RANK_EXIT
+from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
 from tests.training.launching import (
     LIMIT_SECONDS,
     ROOT,

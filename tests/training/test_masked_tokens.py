@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spion_ds.attention.dropout import sample_keys
 from spion_ds.data import TASKS
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
+from spion_ds.random_bits import sample_keys
 from spion_ds.sparsity import SparseAttentionConfig
-from spion_ds.training.batches import Batch, DrawKeys
-from spion_ds.training.losses import Losses
-from spion_ds.training.masked_tokens import MASKED_SHARE, mask_tokens
-from spion_ds.training.tally import Tally
+from spion_ds.training.reports.metrics import Tally
+from spion_ds.training.step.batches import Batch, DrawKeys
+from spion_ds.training.step.losses import Losses
+from spion_ds.training.step.masked_tokens import MASKED_SHARE, mask_tokens
 from tests.training.test_config import build
 
 VOCABULARY = 17

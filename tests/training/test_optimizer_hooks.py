@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from spion_ds.training.optimizer_hooks import clip_by_value, step_without_waiting
-from spion_ds.training.ranks import import_deepspeed
+from spion_ds.distributed.process_group import import_deepspeed
+from spion_ds.training.step.deepspeed_engine import clip_by_value, step_without_waiting
 
 
 def trained_weights(ours: bool, gradients: list[list[Tensor | None]]) -> list[Tensor]:

@@ -7,11 +7,11 @@ import socket
 
 import pytest
 
+from spion_ds.distributed import process_group as ranks
+from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
+from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import ConfigError
-from spion_ds.training import ranks
-from spion_ds.training.ranks import Ranks, discover_ranks, join
 from spion_ds.training.session import run_command
-from spion_ds.training.watch import LOST_RANK_EXIT
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {

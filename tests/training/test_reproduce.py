@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from spion_ds.distributed.stopping import Stopped
 from spion_ds.errors import ConfigError
-from spion_ds.training.published import published
-from spion_ds.training.recipe_files import attention_names
-from spion_ds.training.reproduction import (
+from spion_ds.training.config.recipe_files import attention_names
+from spion_ds.training.reports.published import published
+from spion_ds.training.reports.reproduction import (
     Plan,
     ReproduceOptions,
     _train,
@@ -22,8 +23,7 @@ from spion_ds.training.reproduction import (
     read_plan,
     reproduce,
 )
-from spion_ds.training.results import RunResult, read_result, results_table
-from spion_ds.training.stopping import Stopped
+from spion_ds.training.reports.results import RunResult, read_result, results_table
 from tests.training.launching import ROOT, TINY, TRAIN, summary
 
 SHIPPED = str(ROOT / "launch" / "reproduce.yaml")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError, ConfigError
-from spion_ds.training.checkpoint import TrainingState, load_state
-from spion_ds.training.checkpoint_files import find_checkpoint
-from spion_ds.training.config import RunConfig, build_run_config
-from spion_ds.training.map_memory import check_map_memory, token_map_bytes
-from spion_ds.training.ranks import Ranks
-from spion_ds.training.recipe_files import read_recipe
-from spion_ds.training.resuming import check_rule_memory
+from spion_ds.training.checkpoints.checkpoint import TrainingState, load_state
+from spion_ds.training.checkpoints.files import find_checkpoint
+from spion_ds.training.checkpoints.resuming import check_rule_memory
+from spion_ds.training.config.map_memory import check_map_memory, token_map_bytes
+from spion_ds.training.config.recipe_files import read_recipe
+from spion_ds.training.config.run import RunConfig, build_run_config
 from tests.training.launching import TINY, digest, drive, losses, rows
 
 BLOCK = ["transition.resolution=block"]

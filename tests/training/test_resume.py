@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from spion_ds.training.checkpoint import load_state, load_weights
-from spion_ds.training.checkpoint_files import find_checkpoint
+from spion_ds.training.checkpoints.checkpoint import load_state, load_weights
+from spion_ds.training.checkpoints.files import find_checkpoint
 from tests.training.launching import digest, drive, losses, rows, summary
 
 pytestmark = pytest.mark.ranks

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spion_ds.training.pictures import map_picture, mask_picture
-from spion_ds.training.run_log import RunLog, seconds_per_step
-from spion_ds.training.summary import summary_table
+from spion_ds.training.reports.pictures import map_picture, mask_picture
+from spion_ds.training.reports.run_log import RunLog, seconds_per_step
+from spion_ds.training.reports.summary import summary_table
 
 
 def test_resuming_drops_the_rows_that_are_taken_again(tmp_path: Path) -> None:

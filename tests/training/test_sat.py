@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spion_ds.patterns import sat_pattern
-from spion_ds.training.checkpoint import load_state, load_weights
-from spion_ds.training.optimizer_hooks import restart
+from spion_ds.training.checkpoints.checkpoint import load_state, load_weights
+from spion_ds.training.step.deepspeed_engine import restart
 from tests.training.launching import digest, drive, losses, rows, summary
 
 STEPS = 12

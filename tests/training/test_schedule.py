@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spion_ds.training.schedule import OneCycle, one_cycle
+from spion_ds.training.step.schedule import OneCycle, one_cycle
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(100, 10), (30, 15), (1000, 175)])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.errors import CheckpointError
-from spion_ds.training.checkpoint import load_state
-from spion_ds.training.checkpoint_files import find_checkpoint
-from spion_ds.training.evaluation import load_checkpoint_model
-from spion_ds.training.ranks import discover_ranks
+from spion_ds.training.checkpoints.checkpoint import load_state
+from spion_ds.training.checkpoints.files import find_checkpoint
+from spion_ds.training.step.evaluation import load_checkpoint_model
 from tests.training.launching import ROOT, TINY, command, drive, launch, losses, rows, summary
 from tests.training.test_config import build
 

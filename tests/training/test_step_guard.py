@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spion_ds.training import step_guard
-from spion_ds.training.step_guard import StepGuard, StepReport
+from spion_ds.training.step import step_guard
+from spion_ds.training.step.step_guard import StepGuard, StepReport
 
 CPU = torch.device("cpu")
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from spion_ds.data import TASKS, Dataset, Split
-from spion_ds.data.listops import encode, evaluate
-from spion_ds.data.listops_levels import NO_VALUE, subexpression_values, take_apart
-from spion_ds.data.listops_trees import CLOSE_ID, MIN_ID, UNKNOWN_ID
+from spion_ds.data.listops.levels import NO_VALUE, subexpression_values, take_apart
+from spion_ds.data.listops.subexpressions import check_readable, subexpression_loss
+from spion_ds.data.listops.task import encode, evaluate
+from spion_ds.data.listops.trees import CLOSE_ID, MIN_ID, UNKNOWN_ID
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig
-from spion_ds.training.acceleration import AcceleratedForward
-from spion_ds.training.subexpressions import check_readable, subexpression_loss
+from spion_ds.training.step.acceleration import AcceleratedForward
 from tests.training.launching import digest, drive, losses, rows, summary
 from tests.training.test_augmentation import DEPTH, trees
 from tests.training.test_config import build

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spion_ds.training import tally
-from spion_ds.training.tally import Tally
+from spion_ds.training.reports import metrics as tally
+from spion_ds.training.reports.metrics import Tally
 
 LOGITS = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
 

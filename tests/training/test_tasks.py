@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from spion_ds.training.checkpoint import load_weights
-from spion_ds.training.config import build_run_config
-from spion_ds.training.evaluation import build_model
+from spion_ds.training.checkpoints.checkpoint import load_weights
+from spion_ds.training.config.run import build_run_config
 from spion_ds.training.session import saved_recipe
+from spion_ds.training.step.evaluation import build_model
 from tests.data.test_retrieval import write
 from tests.training.launching import TINY, digest, drive, losses, rows, summary
 

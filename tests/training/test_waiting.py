@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from spion_ds.data.baselines import majority_baseline
-from spion_ds.data.cache import open_cache
+from spion_ds.data.storage.cache import open_cache
 from spion_ds.errors import ConfigError
-from spion_ds.training.config import TransitionConfig
+from spion_ds.training.config.sections import TransitionConfig
 from tests.training.launching import drive, losses, rows
 
 GAIN = 5.0

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spion_ds.attention.block_tensors import BlockIndex, multiply_blocks, multiply_sampled
 from spion_ds.errors import ConfigError, unknown_name
+from spion_ds.ops.sparse_attention.block_tensors import (
+    BlockIndex,
+    multiply_blocks,
+    multiply_sampled,
+)
 
 _MODES = ("sdd", "dsd", "dds")
 

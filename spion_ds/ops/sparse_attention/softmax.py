@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spion_ds.attention.block_tensors import BlockIndex
-from spion_ds.attention.masks import additive, block_softmax, check_mode
 from spion_ds.errors import ConfigError
+from spion_ds.ops.sparse_attention.block_tensors import BlockIndex
+from spion_ds.ops.sparse_attention.masks import additive, block_softmax, check_mode
 
 
 class Softmax:

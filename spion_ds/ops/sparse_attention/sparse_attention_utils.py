@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spion_ds.attention.masks import same_rows
 from spion_ds.errors import ConfigError
 from spion_ds.ops.sparse_attention.bert_sparse_self_attention import BertSparseSelfAttention
+from spion_ds.ops.sparse_attention.masks import same_rows
 from spion_ds.sparsity import FixedSparsityConfig, SparsityConfig
 
 M = TypeVar("M", bound=nn.Module)

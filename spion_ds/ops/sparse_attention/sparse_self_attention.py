@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
-from spion_ds.attention.block_tensors import BlockIndex, multiply_blocks, multiply_sampled
-from spion_ds.attention.masks import (
+from spion_ds.errors import ConfigError
+from spion_ds.ops.sparse_attention.block_tensors import (
+    BlockIndex,
+    multiply_blocks,
+    multiply_sampled,
+)
+from spion_ds.ops.sparse_attention.masks import (
     EXCLUDED,
     additive,
     block_softmax,
@@ -22,7 +27,6 @@ from spion_ds.attention.masks import (
     is_causal,
     only_excludes,
 )
-from spion_ds.errors import ConfigError
 from spion_ds.sparsity import SparsityConfig
 
 T = TypeVar("T", BlockLayout, BlockIndex)

@@ -1,0 +1,1 @@
+"""The C++ operators: block-sparse attention and attention maps on CPUs."""

@@ -1,0 +1,1 @@
+"""Pathfinder and Path-X: whether two dots are joined by a path."""

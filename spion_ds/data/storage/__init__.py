@@ -1,0 +1,1 @@
+"""How data are kept: caches, archives, the files of others."""

@@ -1,0 +1,1 @@
+"""Processes: launchers and process groups, agreement between ranks, signs of life, stopping."""

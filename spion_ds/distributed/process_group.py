@@ -1,0 +1,237 @@
+"""Who this process is among its ranks, under any launcher, and how they start together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from spion_ds.errors import ConfigError, SpionError
+
+T = TypeVar("T")
+
+# Long enough for one rank to generate the data of a task while the others wait.
+TIMEOUT = datetime.timedelta(hours=2)
+# Between the start of the first rank and of the last: nodes that read Python from a slow disk.
+_MEETING_TIMEOUT = datetime.timedelta(minutes=15)
+
+
+class MissingRankError(SpionError, RuntimeError):
+    """The ranks did not all come to the place where they meet."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: processes in all.
+        local_rank: 0 to local_world_size - 1 on this node.
+        local_world_size: processes on this node.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which decides, logs and saves."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this rank's local number, or the CPU where there is no GPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+def discover_ranks() -> Ranks:
+    """Return this process's place, read from the launcher's environment.
+
+    torchrun and the deepspeed launcher set RANK and WORLD_SIZE; Open MPI's and MPICH's mpirun
+    and Slurm's srun set their own variables; without any, the process is alone.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
+        return Ranks(int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), local_world)
+    for size, rank, local_size, local_rank in (
+        (
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+        ),
+        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    ):
+        if size in env:
+            world, number = int(env[size]), int(env[rank])
+            local_world = int(env.get(local_size, world))
+            return Ranks(number, world, int(env.get(local_rank, number)), local_world)
+    if "SLURM_STEP_NUM_TASKS" in env:  # under srun, not in a batch script itself
+        world, number = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
+        # "2(x3),1": two tasks on each of three nodes, then one
+        counts = re.sub(
+            r"(\d+)\(x(\d+)\)",
+            lambda found: ",".join([found[1]] * int(found[2])),
+            env.get("SLURM_STEP_TASKS_PER_NODE", str(world)),
+        ).split(",")
+        here = int(counts[int(env.get("SLURM_NODEID", 0))])
+        return Ranks(number, world, int(env["SLURM_LOCALID"]), here)
+    return Ranks(0, 1, 0, 1)
+
+
+def join(ranks: Ranks) -> None:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) that DeepSpeed then uses, once.
+
+    Raises:
+        ConfigError: more ranks on this node than GPUs, or mpirun without mpi4py.
+        MissingRankError: the others did not come within a quarter of an hour.
+    """
+    if dist.is_initialized():
+        return
+    gpus = torch.cuda.device_count()
+    if gpus and ranks.local_world_size > gpus:
+        raise ConfigError(
+            f"{ranks.local_world_size} ranks were started on a node with {gpus} GPUs, and ranks "
+            f"cannot share one; start {gpus} (or hide the GPUs with CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU)"
+        )
+    _set_rendezvous(ranks)
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks.local_world_size))
+    deepspeed = import_deepspeed()
+    if gpus:
+        torch.cuda.set_device(ranks.local_rank)
+    backend = "nccl" if gpus else "gloo"
+    meeting = None if "TORCHELASTIC_RUN_ID" in os.environ else _meet(ranks)  # torchrun has met
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        _start_again(ranks, backend)  # DeepSpeed takes a group that is there
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        timeout=TIMEOUT,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        verbose=False,
+    )
+    del meeting  # its store is rank 0's, which the process group shares
+
+
+def _meet(ranks: Ranks) -> Any:
+    """Wait for all ranks, not as long as they later wait for one another; return the store."""
+    timeout = _MEETING_TIMEOUT
+    try:
+        return next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MissingRankError(
+            f"rank {ranks.rank} did not meet the other {ranks.world_size - 1} at {place} within "
+            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); MASTER_ADDR must be "
+            "the host of rank 0, MASTER_PORT a port that is free there, and all ranks must start"
+        ) from error
+
+
+def _start_again(ranks: Ranks, backend: str) -> None:
+    """Start the process group apart from what an earlier attempt left in torchrun's store.
+
+    Without a rendezvous of its own (an id) torchrun keeps one store for all attempts, where the
+    new ranks would find the dead ones' addresses and wait for them.
+    """
+    store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=TIMEOUT))
+    if os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
+        store = dist.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
+    )
+
+
+def import_deepspeed() -> Any:
+    """Return the deepspeed module, quiet, and without its CPU collectives.
+
+    On a CPU DeepSpeed would compile shared-memory collectives (ninja and a compiler, half a
+    minute) before training starts; gloo serves as well.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def leave() -> None:
+    """End the process group; safe to call when there is none."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this rank with ``code`` and without the interpreter's teardown.
+
+    There the threads of gloo abort a process now and then whose work is done and saved.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # mpirun takes a rank that leaves without it for lost
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _set_rendezvous(ranks: Ranks) -> None:
+    """Fill in what the launcher left out of the environment: ranks, address and port."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env and ranks.world_size > 1 and "MASTER_ADDR" not in env:
+        raise ConfigError(
+            "srun started this run, and MASTER_ADDR and MASTER_PORT are not set; export them as "
+            "launch/slurm.sh does: the first node's name and a free port"
+        )
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        address = ("127.0.0.1", _free_port()) if ranks.world_size == 1 else _agree_through_mpi()
+        env.setdefault("MASTER_ADDR", address[0])
+        env.setdefault("MASTER_PORT", str(address[1]))
+    env.setdefault("RANK", str(ranks.rank))
+    env.setdefault("WORLD_SIZE", str(ranks.world_size))
+    env.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    env.setdefault("LOCAL_SIZE", str(ranks.local_world_size))
+
+
+def _agree_through_mpi() -> tuple[str, int]:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(
+            "mpirun started this run, but mpi4py is not installed, so the ranks cannot find each "
+            "other; install mpi4py, or set MASTER_ADDR and MASTER_PORT (mpirun -x)"
+        ) from error
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_node = local.Get_size() == world.Get_size()
+    host = "127.0.0.1" if one_node else socket.gethostbyname(socket.gethostname())
+    return world.bcast((host, _free_port()) if world.Get_rank() == 0 else None, root=0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

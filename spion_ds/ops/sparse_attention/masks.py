@@ -1,0 +1,122 @@
+"""Key padding and attention masks as DeepSpeed's sparse attention takes them: "add" and "mul"."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spion_ds.errors import ConfigError, unknown_name
+from spion_ds.ops.sparse_attention.block_tensors import BlockIndex, row_softmax, take_blocks
+
+MASK_MODES = ("add", "mul")
+# An added value from here down means "not at all": what is usual is -10000, which bf16 rounds to
+# -9984, the dtype's smallest number, or -inf. exp(-5000 + a score) is 0 in every dtype.
+EXCLUDED = -5000.0
+
+
+def check_mode(name: str, mode: str) -> str:
+    """Return ``mode`` if it is "add" or "mul", else raise ConfigError."""
+    if mode not in MASK_MODES:
+        raise ConfigError(unknown_name(name, mode, MASK_MODES))
+    return mode
+
+
+def additive(mask: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scaled scores: 0 and -inf for "mul" and for a bool mask.
+
+    Args:
+        mask: "mul": 0 excludes an entry, anything else changes nothing. "add": is added as it is.
+            A bool mask excludes where it is False, in either mode.
+        mode: ``"add"`` or ``"mul"``.
+        dtype: of the result.
+    """
+    if mode == "mul" or mask.dtype == torch.bool:
+        excluded = torch.full((), float("-inf"), dtype=dtype, device=mask.device)
+        return torch.where(mask == 0, excluded, torch.zeros_like(excluded))
+    return mask.to(dtype)
+
+
+def block_softmax(
+    x_BKbb: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float = 1.0,
+    rpe: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """Return softmax(scale · x + rpe + masks) over the kept entries of each row, in x's dtype.
+
+    Computed in float32 (float64 for float64). A row that is excluded as a whole gives zeros.
+
+    Args:
+        x_BKbb: (B, K, b, b) block-sparse scores.
+        index: of the blocks.
+        scale: factor of the scores.
+        rpe: relative position bias, (M, N) or with leading (B or 1, H or 1); gets a gradient.
+        key_padding_mask: (B, N), added.
+        attn_mask: (M, N) or with leading (B or 1, H or 1), added.
+    """
+    full = torch.float64 if x_BKbb.dtype == torch.float64 else torch.float32
+    scores = x_BKbb.to(full) * scale
+    for matrix in (rpe, attn_mask):
+        if matrix is not None:
+            scores = scores + take_blocks(matrix, index).to(full)
+    if key_padding_mask is not None:
+        tiles = key_padding_mask.to(full).unflatten(1, (-1, index.block))
+        columns = tiles.index_select(1, index.column % index.shape[2])
+        scores = scores + columns[:, :, None, :]
+    return row_softmax(scores, index).to(x_BKbb.dtype)
+
+
+class LastAnswer:
+    """Remembers what ``ask(mask, mode)`` answered for the last mask: the layers share a mask.
+
+    The answer is a bool that waits for the device, so it is worth asking once a step.
+    """
+
+    def __init__(self, ask: Callable[[Tensor, str], bool]) -> None:
+        self._ask = ask
+        self._last: tuple[weakref.ref[Tensor], tuple, bool] | None = None
+
+    @torch.compiler.disable
+    def __call__(self, mask: Tensor, mode: str) -> bool:
+        """Return the answer for ``mask`` as it is now."""
+        if mask.is_inference():  # writes to it leave no trace
+            return self._ask(mask, mode)
+        # Layers may each make the same view of the one mask.
+        base = mask if mask._base is None else mask._base
+        view = (mask._version, mode, mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
+        last = self._last
+        if last is not None and last[0]() is base and last[1] == view:
+            return last[2]
+        answer = self._ask(mask, mode)
+        self._last = (weakref.ref(base), view, answer)
+        return answer
+
+
+def _only_excludes(mask: Tensor, mode: str) -> bool:
+    return mode == "mul" or bool(((mask == 0) | (mask <= EXCLUDED)).all())
+
+
+def _same_rows(mask: Tensor, mode: str) -> bool:
+    return mask.stride(-2) == 0 or bool((mask == mask[..., :1, :]).all())
+
+
+def _is_causal(mask: Tensor, mode: str) -> bool:
+    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+        return False
+    free = (mask != 0) if mode == "mul" or mask.dtype == torch.bool else (mask == 0)
+    causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    return bool((free == causal).all()) and (mask.dtype == torch.bool or _only_excludes(mask, mode))
+
+
+# Whether a mask says nothing but yes or no, so that no kernel need add it.
+only_excludes = LastAnswer(_only_excludes)
+# Whether a mask (..., L, L) says the same to every query: it is a padding mask then.
+same_rows = LastAnswer(_same_rows)
+# Whether a mask is the lower triangle, which the fused kernels have built in.
+is_causal = LastAnswer(_is_causal)

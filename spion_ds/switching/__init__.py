@@ -1,0 +1,1 @@
+"""Dense to sparse for any model and any loop."""

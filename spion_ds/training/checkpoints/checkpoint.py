@@ -1,0 +1,287 @@
+"""Checkpoints: DeepSpeed's own files, the weights alone, and where the run stands.
+
+    checkpoints/latest                       name of the newest one
+    checkpoints/best                         name of the one with the best validation accuracy
+    checkpoints/step-000500/                 written under a temporary name, then renamed
+        manifest.json                        sizes and checksums of the files
+        state.pt                             TrainingState
+        weights.pt                           the model's state dict on the CPU
+        …                                    DeepSpeed's files: parameters, optimizer state, ranks
+
+state.pt and weights.pt hold tensors and plain values, and are read with weights_only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.layout import pack_mask, unpack_mask
+from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.process_group import Ranks, import_deepspeed
+from spion_ds.errors import CheckpointError
+from spion_ds.training.checkpoints.files import checkpoint_name, publish, write_manifest
+from spion_ds.training.config.deepspeed import zero_stage
+from spion_ds.training.config.run import RunConfig
+
+FORMAT = 1
+_INCOMPLETE = ".incomplete"
+# What a resumed run must share with the run that saved: the rest may be overridden.
+IDENTITY = ("task", "data", "model", "sparse_attention")
+
+
+@dataclass
+class TrainingState:
+    """What a run needs to go on as if it had not stopped, beside weights and optimizer.
+
+    Attributes:
+        step: optimizer steps taken.
+        samples_seen: the data position: samples drawn from the shuffled order.
+        seed: with ``step``, the state of all random draws (they are counter-based).
+        switch_step: how many steps were dense; None in the dense phase.
+        masks: one (n, n) bool mask a layer, None in the dense phase.
+        rule: the transition rule's memory.
+        best_step, best_accuracy: of the best evaluation of the present phase.
+    """
+
+    step: int = 0
+    samples_seen: int = 0
+    seed: int = 0
+    switch_step: int | None = None
+    masks: list[Tensor] | None = None
+    rule: dict[str, Any] = field(default_factory=dict)
+    best_step: int | None = None
+    best_accuracy: float = -1.0
+
+    @property
+    def phase(self) -> str:
+        """``"dense"`` or ``"sparse"``."""
+        return "dense" if self.masks is None else "sparse"
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Return what a checkpoint must share with the run that loads it."""
+    plain = config.to_mapping()
+    del plain["model"]["activation_checkpointing"]  # changes no result
+    return {key: plain[key] for key in IDENTITY}
+
+
+def save_checkpoint(
+    engine: Any,
+    root: Path,
+    state: TrainingState,
+    config: RunConfig,
+    ranks: Ranks,
+    agreement: Agreement,
+) -> Path:
+    """Save on all ranks; the checkpoint appears under its name only when it is whole.
+
+    Returns:
+        The checkpoint's folder, ``root / "step-<step>"``.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them cannot write; earlier checkpoints stay.
+    """
+    name = checkpoint_name(state.step)
+    incomplete = root / _INCOMPLETE
+    agreement.from_first(lambda: _writing(root, lambda: _start_anew(incomplete / name)))
+    failures: list[str] = []
+    with _failures_noted(engine, failures):
+        engine.save_checkpoint(str(incomplete), tag=name, save_latest=False)
+    weights = gather_weights(engine, config)
+
+    def finish() -> None:
+        _save(weights, incomplete / name / "weights.pt")
+        _save(_pack(state, config, ranks), incomplete / name / "state.pt")
+        write_manifest(incomplete / name, state.step, state.best_step)
+        for extra in incomplete.glob("*.py"):  # DeepSpeed's recovery script belongs beside them
+            os.replace(extra, root / extra.name)
+        publish(incomplete / name, root / name)
+        shutil.rmtree(incomplete, ignore_errors=True)
+
+    try:
+        agreement.together(lambda: _raise_first(root, failures))
+        agreement.from_first(lambda: _writing(root, finish))
+    except CheckpointError:
+        if ranks.is_first:  # makes room on a full disk
+            shutil.rmtree(incomplete, ignore_errors=True)
+        raise
+    return root / name
+
+
+def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """Return the training state of a checkpoint, and what its run was.
+
+    The second value has ``identity``, ``batch_size``, ``micro_batch_size``, ``seed``,
+    ``world_size``, ``zero_stage`` and ``precision``.
+
+    Raises:
+        CheckpointError: the file is damaged or of another format.
+    """
+    values = _load(folder / "state.pt")
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / 'state.pt'} is not a spion_ds checkpoint of format {FORMAT}"
+        )
+    try:
+        packed = values.pop("masks")
+        state = TrainingState(**values["state"])
+        if packed is not None:
+            shape = tuple(packed["shape"])
+            state.masks = [unpack_mask(bytes(bits.tolist()), shape) for bits in packed["bits"]]
+        return state, values["run"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / 'state.pt'} does not hold a training state ({_first_line(error)})"
+        ) from error
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the model's state dict on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return _load(folder / "weights.pt")
+
+
+def check_harmless(folder: Path) -> None:
+    """Read a checkpoint's files with a restricted unpickler, before DeepSpeed reads them freely.
+
+    Raises:
+        CheckpointError: one names anything but tensors, plain values and DeepSpeed's own records,
+            so that reading it could run code.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(records):
+        for path in sorted(folder.rglob("*.pt")):
+            _check_harmless_file(path)
+
+
+def _check_harmless_file(path: Path) -> None:
+    try:  # mapped: the tensors themselves are not read
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises many kinds
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{path} holds more than tensors and DeepSpeed's own records"
+            f"{f' ({named[1]})' if named else ''}, and could run code when it is read; use "
+            "another checkpoint"
+        ) from error
+
+
+def gather_weights(engine: Any, config: RunConfig) -> dict[str, Tensor]:
+    """Return the whole model's state dict on the CPU; call it on all ranks, use it on rank 0."""
+    with gathered(list(engine.module.parameters()), config):
+        return {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in engine.module.state_dict().items()
+        }
+
+
+def gathered(parameters: list[Any], config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which parameters are whole; all ranks enter it together."""
+    if zero_stage(config.resolved) == 3:
+        return import_deepspeed().zero.GatheredParameters(parameters)
+    return contextlib.nullcontext()
+
+
+def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    masks = plain.pop("masks")
+    packed = None
+    if masks is not None:
+        bits = [torch.frombuffer(bytearray(pack_mask(m)), dtype=torch.uint8) for m in masks]
+        packed = {"shape": list(masks[0].shape), "bits": bits}
+    run = {
+        "identity": identity(config),
+        "batch_size": config.batches.total,
+        "micro_batch_size": config.batches.micro,
+        "seed": config.training.seed,
+        "world_size": ranks.world_size,
+        "zero_stage": zero_stage(config.resolved),
+        "precision": config.training.precision,
+    }
+    return {"format": FORMAT, "state": plain, "masks": packed, "run": run}
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; use another checkpoint") from error
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another "
+            "checkpoint of the run"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _start_anew(folder: Path) -> None:
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _save(values: Any, path: Path) -> None:
+    # Through a file of Python's, which reports a full disk as what it is.
+    with path.open("wb") as file:
+        torch.save(values, file)
+
+
+def _writing(root: Path, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
+        _raise_first(root, [str(error)])
+
+
+def _raise_first(root: Path, failures: list[str]) -> None:
+    if failures:
+        # A writer of PyTorch's does not say that the disk is full.
+        free = f"{shutil.disk_usage(root).free / 2**20:,.1f} MiB are free there"
+        raise CheckpointError(
+            f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; {free}; the "
+            "ones before it are untouched: make room, and go on with --resume"
+        )
+
+
+@contextlib.contextmanager
+def _failures_noted(engine: Any, failures: list[str]) -> Iterator[None]:
+    """Let a write of DeepSpeed's fail without leaving the other ranks waiting in its barriers."""
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failures.append(str(error) or type(error).__name__)
+
+        return call
+
+    places = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    for owner, method in places:
+        vars(owner)[method] = noting(getattr(owner, method))
+    try:
+        yield
+    finally:
+        for owner, method in places:
+            del vars(owner)[method]

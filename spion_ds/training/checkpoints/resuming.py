@@ -1,0 +1,149 @@
+"""How a run goes on from a checkpoint: exactly, through DeepSpeed's universal form, or anew.
+
+DeepSpeed's optimizer files fit the number of ranks and the ZeRO stage that wrote them. Its
+universal checkpoint carries them to another number of ranks at stages 1 and 2 (and between these)
+and at stage 3; between other stages weights, masks and position move, and the optimizer starts
+anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.process_group import Ranks
+from spion_ds.errors import CheckpointError
+from spion_ds.training.checkpoints.checkpoint import IDENTITY, TrainingState, identity
+from spion_ds.training.config.deepspeed import zero_stage
+from spion_ds.training.config.run import RunConfig
+
+_UNIVERSAL = ".universal"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from.
+
+    Attributes:
+        folder: the checkpoint.
+        way: ``"exact"``, ``"universal"`` or ``"weights"`` (the optimizer starts anew).
+        note: a sentence for the user where the way is not exact, else "".
+    """
+
+    folder: Path
+    way: str = "exact"
+    note: str = ""
+
+
+def plan_resume(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ranks) -> Resume:
+    """Return how ``config`` can go on from a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        run: what its run was, from ``load_state``.
+        config: the configuration to go on with.
+        ranks: this process among those that go on.
+
+    Raises:
+        CheckpointError: it is another task, data, model, pattern, seed or batch size.
+    """
+    _check_same_run(folder, run, config)
+    theirs, ours = run["zero_stage"], zero_stage(config.resolved)
+    there = f"{run['world_size']} rank(s) at ZeRO stage {theirs}"
+    here = f"{ranks.world_size} rank(s) at stage {ours}"
+    same_precision = run["precision"] == config.training.precision
+    if theirs == ours and same_precision and (ours == 0 or run["world_size"] == ranks.world_size):
+        return Resume(folder)
+    if same_precision and (theirs == ours or {theirs, ours} == {1, 2}):
+        return Resume(
+            folder,
+            "universal",
+            f"{folder.name} was saved by {there}, and this is {here}: it goes through DeepSpeed's "
+            "universal checkpoint, so rounding differs from an undisturbed run",
+        )
+    if not same_precision:
+        there, here = f"{run['precision']}, {there}", f"{config.training.precision}, {here}"
+    return Resume(
+        folder,
+        "weights",
+        f"{folder.name} was saved by {there}, and this is {here}: weights, masks, learning rate "
+        "and data position go on, but DeepSpeed cannot carry the optimizer's state over, so the "
+        "optimizer starts anew",
+    )
+
+
+def check_rule_memory(folder: Path, state: TrainingState, config: RunConfig) -> None:
+    """Raise CheckpointError if the rule remembers maps of another resolution than it will get."""
+    before = state.rule.get("before") if state.masks is None else None
+    if not before:
+        return
+    found = "token" if before[0].shape[-1] == config.data.sequence_length else "block"
+    if found != config.transition.resolution:
+        raise CheckpointError(
+            f"transition.resolution is {config.transition.resolution}, and the checkpoint {folder} "
+            f"remembers maps of resolution {found}, with which the rule goes on; resume "
+            f"it with transition.resolution={found}"
+        )
+
+
+def make_universal(folder: Path, agreement: Agreement) -> Path:
+    """Convert a checkpoint on rank 0 and return the universal one, ``drop_universal``'s to remove.
+
+    Raises:
+        CheckpointError: on all ranks, if DeepSpeed cannot convert it.
+    """
+    target = folder.parent / _UNIVERSAL / folder.name
+    agreement.from_first(lambda: _convert(folder, target))
+    return target
+
+
+def drop_universal(folder: Path) -> None:
+    """Remove the universal form of a checkpoint."""
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _convert(folder: Path, target: Path) -> None:
+    shutil.rmtree(target.parent, ignore_errors=True)
+    words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    words += ["--inject_missing_state", "--input_folder", str(folder)]
+    words += ["--output_folder", str(target)]
+    # Reads and writes files only, beside the ranks: without a GPU, few workers.
+    words += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        shutil.rmtree(target.parent, ignore_errors=True)
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CheckpointError(
+            f"DeepSpeed cannot make a universal checkpoint of {folder} ({last}); resume it with "
+            "the ranks and the ZeRO stage that saved it"
+        )
+
+
+def _check_same_run(folder: Path, run: dict[str, Any], config: RunConfig) -> None:
+    ours = identity(config)
+    for section in IDENTITY:
+        if run["identity"][section] != ours[section]:
+            raise CheckpointError(
+                f"the checkpoint {folder} is of another {section}: "
+                f"{_difference(run['identity'][section], ours[section])}; resume it with its own "
+                "recipe (leave --recipe out), or start a new run"
+            )
+    if run["batch_size"] != config.batches.total or run["seed"] != config.training.seed:
+        raise CheckpointError(
+            f"the checkpoint {folder} was saved with training.batch_size={run['batch_size']} and "
+            f"training.seed={run['seed']}; the data order depends on both, so resume with these"
+        )
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        return f"{theirs} there, {ours} here"
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return ", ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in keys)
