@@ -23,17 +23,16 @@ import torch.nn.functional as F
 from cpu_attention import peak_mib
 from layouts import spion_like_mask
 from timing import eager_ms, machine_lines, peak_megabytes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spion_ds.attention import PooledMapAccumulator, SparseSelfAttention
+from spion_ds.attention import SparseSelfAttention
 from spion_ds.attention.map_dispatch import block_sums
 from spion_ds.attention.map_request import MapRequest
 from spion_ds.attention.streaming_maps import block_sums_torch
-from spion_ds.distributed.agreement import Agreement
 from spion_ds.patterns import DistanceRule, pattern_from_pooled
 from spion_ds.sparsity import SpionSparsityConfig
-from spion_ds.switching.coordinator import Coordinator, layouts_digest
+from spion_ds.switching import DenseToSparse
 
 # Some ten roundings of float32 an entry, of which a block averages many.
 TOLERANCE = 1e-6
@@ -308,37 +307,30 @@ def switch(device: torch.device, variant: str, rounds: int) -> str:
     pooled = [attention_like_map(layer) for layer in range(LAYERS)]
     configs = [SpionSparsityConfig(8, block, variant=variant, alpha=0.98) for _ in pooled]
     attentions = [SparseSelfAttention(config) for config in configs]
-    agreement = Agreement()
-    decide, layouts = [], []
+    model = nn.ModuleList(attentions)
+    sources = [layer.to(device) for layer in pooled]
+    q = torch.randn(1, 8, length, 16, device=device)
+    seconds = []
     for _ in range(rounds + 1):  # the first compiles
-        observed = []
-        for config, layer in zip(configs, pooled, strict=True):
-            seen = PooledMapAccumulator(block, config.convolution, torch.ones(length).to(device))
-            seen.total = layer.to(device)
-            observed.append(seen)
-        coordinator = Coordinator(DistanceRule(), configs, BLOCKS, agreement)
-        coordinator.check(observed, force=False)  # the rule remembers maps
-        synchronize(device)
-        start = time.perf_counter()
-        masks = coordinator.check(observed, force=True).masks
-        assert masks is not None
-        synchronize(device)
-        decided = time.perf_counter()
-        for attention, mask in zip(attentions, masks, strict=True):
-            attention.sparsity_config.set_pattern(mask)
-            attention.layout(length, device)
-        agreement.differing(layouts_digest(attentions, length))
-        synchronize(device)
-        decide.append((decided - start) * 1e3)
-        layouts.append((time.perf_counter() - decided) * 1e3)
+        for attention in attentions:
+            attention.set_mask(None)
+        switch = DenseToSparse(
+            model, DistanceRule(), check_every=1, max_dense_steps=2, sources=lambda: sources
+        )
+        for number in (1, 2):  # at the second the rule has maps to compare with
+            with switch.step(number) as look:
+                for layer in range(LAYERS):
+                    look.add(layer, q, q)
+                synchronize(device)
+        assert look.event is not None
+        seconds.append(look.event.seconds * 1e3)
+    masks = switch.masks or []
     for config, layer, mask in zip(configs, pooled, masks, strict=True):
         if not torch.equal(
             pattern_from_pooled(layer, variant, alpha=config.alpha, density=config.density), mask
         ):
             sys.exit(f"the {variant} mask made on {device} is not the one made on the CPU")
-    total = [a + b for a, b in zip(decide[1:], layouts[1:], strict=True)]
-    cells = [str(device), str(LAYERS), str(BLOCKS), variant]
-    cells += [shown(decide[1:]), shown(layouts[1:]), shown(total)]
+    cells = [str(device), str(LAYERS), str(BLOCKS), variant, shown(seconds[1:])]
     return f"| {' | '.join(cells)} |"
 
 

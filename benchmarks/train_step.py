@@ -31,7 +31,8 @@ from layouts import spion_like_mask
 from timing import machine_lines
 from torch import Tensor, nn
 
-from spion_ds.data import Dataset, Split, get_task
+from spion_ds.data.storage.cache import Dataset, Split
+from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.heartbeat import Watch
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join, leave

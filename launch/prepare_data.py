@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from spion_ds.data import TASKS, Dataset, Task, get_task
+from spion_ds.data.storage.cache import Dataset
+from spion_ds.data.task import Task
+from spion_ds.data.tasks import TASKS, get_task
 from spion_ds.errors import ConfigError, SpionError, unknown_name
 from spion_ds.settings import read_dataclass
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spion_ds.data import Split, get_task
+from spion_ds.data.storage.cache import Split
 from spion_ds.data.storage.samples import Sample, read_samples
+from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import CheckpointError, ConfigError, DataError, unknown_name

@@ -1,6 +1,7 @@
-"""When to switch from dense to sparse attention: SPION's rule, SAT's rule, and a fixed step.
+"""When to switch from dense to sparse attention: SPION's rule, SAT's rule, and the first check.
 
 A rule is asked at every check; how many steps lie between two checks is the caller's business.
+Any object that keeps the :class:`TransitionRule` protocol is a rule.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ _ENTRIES_AT_A_TIME = 1 << 22
 
 @dataclass(frozen=True)
 class TransitionReport:
-    """What one check found.
+    """What one check found; a rule of one's own may give ``fire`` alone.
 
     Attributes:
         check: its number, from 1.
@@ -32,12 +33,40 @@ class TransitionReport:
         skewness: for each layer the skewness of its map; empty where the rule looks at none.
     """
 
-    check: int
-    distances: list[float | None]
-    changes: list[float | None]
-    fire: bool
+    check: int = 0
+    distances: list[float | None] = field(default_factory=list)
+    changes: list[float | None] = field(default_factory=list)
+    fire: bool = False
     skewness: list[float] = field(default_factory=list)
     held: bool = False
+
+
+class TransitionRule(Protocol):
+    """What a rule must do; only the one on rank 0 is asked.
+
+    Two attributes ask for more than the mean maps. Without them a rule gets these alone:
+
+    - ``per_head = True``: ``maps`` are (heads, n, n) where a layer's patterns are of each head.
+    - ``needs_skewness = True``: ``update`` also gets ``skewness=``, one float a layer.
+    """
+
+    def update(self, maps: list[Tensor], *, hold: bool = False) -> TransitionReport:
+        """Take the maps of one check and say whether to switch.
+
+        Args:
+            maps: one floating tensor a layer: (n, n) pooled or (L, L) token-level, the mean over
+                heads, samples and ranks; of the same shapes at every check.
+            hold: do not fire at this check.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rule's memory: plain values and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the rule that gave ``state`` stood."""
+        ...
 
 
 class DistanceRule:
@@ -135,6 +164,8 @@ class SkewnessRule:
         max_change_percent: above 0.
     """
 
+    needs_skewness: ClassVar[bool] = True
+
     def __init__(self, min_skewness: float = 1.7, max_change_percent: float = 1.3) -> None:
         for name, value in (
             ("min_skewness", min_skewness),
@@ -207,16 +238,16 @@ class SkewnessRule:
 
 
 class FixedStepRule:
-    """Fires at its first check: the caller makes the one check at the step that it wants."""
+    """Fires at its first check that is not held: the caller checks at the step that it wants."""
 
     def __init__(self) -> None:
         self._check = 0
 
-    def update(self, maps: list[Tensor]) -> TransitionReport:
-        """Return a report that fires; looks at nothing but the number of layers."""
+    def update(self, maps: list[Tensor], *, hold: bool = False) -> TransitionReport:
+        """Return a report that fires unless held; looks at nothing but the number of layers."""
         self._check += 1
         nothing: list[float | None] = [None] * len(maps)
-        return TransitionReport(self._check, nothing, list(nothing), True)
+        return TransitionReport(self._check, nothing, list(nothing), not hold, held=hold)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rule's memory, one int."""
@@ -230,9 +261,6 @@ class FixedStepRule:
         """
         _check_keys(state, {"check"}, "fixed-step")
         self._check = int(state["check"])
-
-
-TransitionRule = DistanceRule | FixedStepRule | SkewnessRule
 
 
 def _check_maps(maps: list[Tensor], before: list[Tensor]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -56,3 +59,12 @@ def get_masks(model: nn.Module, length: int) -> list[Tensor] | None:
         attention.sparsity_config.make_mask(length) for attention in find_attentions(model).values()
     ]
     return None if all(bool(mask.all()) for mask in masks) else masks
+
+
+def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> str:
+    """Return the sha256 of the block layouts of all layers at ``length`` tokens, hexadecimal."""
+    digest = hashlib.sha256()
+    for attention in attentions:
+        mask = attention.sparsity_config.make_mask(length)
+        digest.update(mask.contiguous().numpy().tobytes())
+    return digest.hexdigest()

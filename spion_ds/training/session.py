@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import yaml
 
-from spion_ds.data import Dataset, get_task
 from spion_ds.data.baselines import majority_baseline
+from spion_ds.data.storage.cache import Dataset
+from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT, LostRankError, Watch, speaks
 from spion_ds.distributed.process_group import MissingRankError, Ranks, discover_ranks, join, leave

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
-from spion_ds.attention.map_request import mean_row_weights, row_counts
-from spion_ds.data import Dataset, get_task
 from spion_ds.data.baselines import majority_baseline
+from spion_ds.data.storage.cache import Dataset
+from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.heartbeat import Watch
 from spion_ds.distributed.process_group import Ranks, import_deepspeed
 from spion_ds.distributed.stopping import StopRequest
 from spion_ds.errors import SpionError
 from spion_ds.random_bits import sample_keys
-from spion_ds.sparsity import SwitchingSparsityConfig
-from spion_ds.switching.coordinator import (
-    CoordinationError,
-    Coordinator,
-    PatternError,
-    layouts_digest,
-)
-from spion_ds.switching.masks import set_masks
+from spion_ds.switching import CoordinationError, DenseToSparse, Event, Look, PatternError
+from spion_ds.switching.masks import layouts_digest, set_masks
 from spion_ds.training.checkpoints.checkpoint import (
     TrainingState,
     gathered,
@@ -47,6 +39,7 @@ from spion_ds.training.reports.run_log import (
     peak_memory_bytes,
     reset_peak_memory,
 )
+from spion_ds.training.reports.switch_log import SwitchLog
 from spion_ds.training.step.acceleration import AcceleratedForward
 from spion_ds.training.step.batches import (
     Batch,
@@ -115,9 +108,8 @@ class Trainer:
         )
 
         self.state = TrainingState(seed=config.training.seed)
-        self.rule = config.transition.build()
-        self._majority = majority_baseline(dataset.train, dataset.validation)
-        self._told_held = False
+        self.majority = majority_baseline(dataset.train, dataset.validation)
+        self.switch = self._make_switch() if config.switches else None
         sparsity = [attention.sparsity_config for attention in self.model.attentions]
         if resume is not None:
             self._resume(resume)
@@ -127,12 +119,6 @@ class Trainer:
             self.state.switch_step = 0
         self._derive_layouts()
         self._compare_layouts()
-        self.coordinator = Coordinator(
-            self.rule,
-            [c for c in sparsity if isinstance(c, SwitchingSparsityConfig)],
-            -(-config.data.sequence_length // config.sparse_attention.block),
-            agreement,
-        )
         self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
         self.reader = self._make_reader()
         self.accelerated = AcceleratedForward(
@@ -148,6 +134,9 @@ class Trainer:
         self.timer = StepTimer(self.device)
         self.log = RunLog(
             folder if ranks.is_first else None, config.training.steps, self.state.step
+        )
+        self.switch_log = SwitchLog(
+            self.log, config.transition, config.training.log_every, self.majority
         )
         self.tally = Tally(self.device)
         self.losses = Losses(config, self.model, self.engine, self.tally)
@@ -253,12 +242,9 @@ class Trainer:
         """Take one optimizer step and return its phase; on a check step, decide the switch."""
         config, state = self.config, self.state
         phase, number = state.phase, state.step + 1
-        checking = config.switches and phase == "dense" and config.transition.is_check(number)
+        checking = self.switch is not None and self.switch.looks_at(number)
         # Where every step is a check, the checks are part of the step.
         timed = not checking or config.transition.check_every == 1
-        observed: list[AttentionMapAccumulator | PooledMapAccumulator] = []
-        if checking:
-            observed = self._observers()
         if timed:
             self.timer.start()
         else:
@@ -267,56 +253,70 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._rate
         self.tally.begin()
-        for micro_step in range(config.batches.accumulation):
-            batch, keys = self._read(micro_step)
-            inputs = (batch.input_ids, batch.padding_mask, keys.dropout)
-            with self.accelerated.step(phase == "sparse", inputs, observed):
-                logits = self.engine(*inputs).float()
-            loss = self.losses.of(batch, keys, logits, state.step)
-            # Divided by one it would be the same loss, and two operators more.
-            self.engine.backward(loss, scale_wrt_gas=config.batches.accumulation > 1)
-            self.reader.read_ahead(state.step, micro_step)
-            self.guard.add_loss(loss)
-            if micro_step == config.batches.accumulation - 1:
-                self._skipping = self._obey(self.guard.close(number, self.request.asked))
-            self.engine.step()
+        with self._watching(number, checking) as look:
+            for micro_step in range(config.batches.accumulation):
+                self._micro_step(micro_step, number, look)
+            if self._skipping and look is not None:
+                look.skipped()
+            elif checking and not self.guard.at_once:
+                self._obey(self.guard.reports())
         state.step = number
         state.samples_seen += config.batches.total
         if not self._skipping:
             self.tally.keep()
-        if checking and not self._skipping:
-            if not self.guard.at_once:
-                self._obey(self.guard.reports())
-            self._check(observed)
+        if look is not None and look.event is not None:
+            self._note(look.event)
         if timed:
             self.timer.count()
         return phase
+
+    def _micro_step(self, micro_step: int, number: int, look: Look | None) -> None:
+        """Take a micro-batch forward and backward; with the last one the optimizer steps."""
+        config, state = self.config, self.state
+        batch, keys = self._read(micro_step)
+        inputs = (batch.input_ids, batch.padding_mask, keys.dropout)
+        with self.accelerated.step(state.phase == "sparse", inputs):
+            logits = self.engine(*inputs).float()
+        # The task's own pass is looked at; one that guesses tokens is not.
+        with nullcontext() if look is None else look.paused():
+            loss = self.losses.of(batch, keys, logits, state.step)
+        # Divided by one it would be the same loss, and two operators more.
+        self.engine.backward(loss, scale_wrt_gas=config.batches.accumulation > 1)
+        self.reader.read_ahead(state.step, micro_step)
+        self.guard.add_loss(loss)
+        if micro_step == config.batches.accumulation - 1:
+            self._skipping = self._obey(self.guard.close(number, self.request.asked))
+        self.engine.step()
+
+    @contextmanager
+    def _watching(self, number: int, checking: bool) -> Iterator[Look | None]:
+        """Let the driver of the switch watch a step, where the run has one."""
+        if self.switch is None:
+            yield None
+            return
+        masks = self._padding_masks() if checking else None
+        hold = self.config.transition.holds(self.state.best_accuracy, self.majority)
+        try:
+            with self.switch.step(number, padding_masks=masks, hold=hold) as look:
+                yield look
+        except CoordinationError as error:
+            if not isinstance(error, PatternError) or self.config.training.on_nonfinite != "skip":
+                raise TrainingError(f"step {number}: {error}") from error
+            self.log.row(number, "skipped", parts="the attention maps")
+            self.log.say(f"step {number}: {error}; the check is skipped")
+
+    def _padding_masks(self) -> list[Tensor]:
+        """Return the padding masks of this rank's micro-batches as attention will see them."""
+        batches = [self._read(number)[0] for number in range(self.config.batches.accumulation)]
+        return [
+            self.model.seen_by_attention(batch.input_ids, batch.padding_mask)[1]
+            for batch in batches
+        ]
 
     def _read(self, micro_step: int) -> tuple[Batch, DrawKeys]:
         """Return a micro-batch of the present step and its keys."""
         batch, keys = self.reader.read(self.state.step, micro_step)
         return batch, DrawKeys.split(keys)
-
-    def _observers(self) -> list[AttentionMapAccumulator | PooledMapAccumulator]:
-        """Return one accumulator a layer for the global batch of the present step."""
-        layers = self.coordinator.sparsity_configs
-        if self.config.transition.resolution == "token":
-            return [AttentionMapAccumulator() for _ in layers]
-        # Pooling mixes rows, so their weights in the mean are needed before the first micro-batch.
-        count = torch.zeros(
-            self.config.data.sequence_length, dtype=torch.float64, device=self.device
-        )
-        for micro_step in range(self.config.batches.accumulation):
-            batch, _ = self._read(micro_step)
-            seen = self.model.seen_by_attention(batch.input_ids, batch.padding_mask)
-            count += row_counts(seen[1], self.config.model.heads)
-        dist.all_reduce(count)
-        weights = mean_row_weights(count)
-        keeps = self.config.transition.rule == "skewness"
-        return [
-            PooledMapAccumulator(layer.block, layer.convolution, weights, keep_batches=keeps)
-            for layer in layers
-        ]
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""
@@ -340,63 +340,36 @@ class Trainer:
             self.log.say(f"{found}; the step is skipped")
         return skips
 
-    def _check(self, observed: list[AttentionMapAccumulator | PooledMapAccumulator]) -> None:
-        state, started = self.state, time.perf_counter()
-        transition = self.config.transition
-        force = transition.is_forced(state.step)
-        hold = transition.holds(state.best_accuracy, self._majority)
-        try:
-            decision = self.coordinator.check(
-                observed, force=force, hold=hold, weights=self._pattern_weights()
-            )
-        except CoordinationError as error:
-            if isinstance(error, PatternError) and self.config.training.on_nonfinite == "skip":
-                self.log.row(state.step, "skipped", parts="the attention maps")
-                self.log.say(f"step {state.step}: {error}; the check is skipped")
-                return
-            raise TrainingError(f"step {state.step}: {error}") from error
-        if decision.report is not None:
-            self.log.row(
-                state.step,
-                "check",
-                distance=decision.report.distances,
-                change=decision.report.changes,
-                **({"skewness": decision.report.skewness} if decision.report.skewness else {}),
-                seconds=time.perf_counter() - started,
-            )
-            if decision.report.held and not force and not self._told_held:
-                self._told_held = True
-                self.log.say(
-                    f"step {state.step}: the maps are steady, but no validation accuracy was "
-                    f"{transition.min_gain_percent:g} points above the majority class's "
-                    f"{self._majority:.1%} yet (transition.min_gain_percent): attention stays dense"
-                )
-        if decision.masks is not None:
-            set_masks(self.model, decision.masks)
+    def _note(self, event: Event) -> None:
+        """Go on with what the driver of the switch decided, and write it down."""
+        state, switch = self.state, self.switch
+        assert switch is not None
+        if event.kind == "switch":
+            for pattern in self.model.patterns:
+                pattern.freeze()
             if self.config.sparse_attention.restarts_optimizer:
                 restart(self.engine.basic_optimizer)
-            self._derive_layouts()
             self._compare_layouts()
-            state.masks, state.switch_step = decision.masks, state.step
+            state.masks, state.switch_step = switch.masks, switch.switch_step
             # Sparse checkpoints compete among themselves: a dense one is another model.
             state.best_step, state.best_accuracy = None, -1.0
-            densities = [float(mask.double().mean()) for mask in decision.masks]
-            self.log.row(
-                state.step, "switch", density=densities, digest=decision.digest, forced=force
-            )
-            shown = ", ".join(f"{density:.1%}" for density in densities)
-            self.log.say(f"step {state.step}: switched to sparse attention; densities {shown}")
-        # Checks may come every step; pictures need not.
-        log_every = self.config.training.log_every
-        rare = transition.check_every >= log_every
-        if decision.masks is not None or rare or state.step % log_every == 0:
-            self.log.pictures(state.step, decision.maps, decision.masks)
+        self.switch_log.write(event, state.masks)
 
-    def _pattern_weights(self) -> list[Tensor] | None:
-        """Return SAT's W of each layer, whole on every rank; None in other modes."""
+    def _make_switch(self) -> DenseToSparse:
+        transition = self.config.transition
+        return DenseToSparse(
+            self.model,
+            transition.build(),
+            check_every=transition.steps_between_checks,
+            max_dense_steps=transition.max_dense_steps,
+            resolution=transition.resolution,
+            sources=self._pattern_weights if self.model.patterns else None,
+            agreement=self.agreement,
+        )
+
+    def _pattern_weights(self) -> list[Tensor]:
+        """Return SAT's W of each layer, whole on every rank."""
         parameters = [pattern.weight for pattern in self.model.patterns]
-        if not parameters:
-            return None
         with gathered(parameters, self.config):
             return [parameter.detach().clone() for parameter in parameters]
 
@@ -460,8 +433,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         self.timer.stop()
         self._compare_layouts()
-        # The rule's memory is a map a layer; once it has fired nobody asks it again.
-        self.state.rule = self.rule.state_dict() if self.state.masks is None else {}
+        self.state.switch = {} if self.switch is None else self.switch.state_dict()
         place = save_checkpoint(
             self.engine, self.checkpoints, self.state, self.config, self.ranks, self.agreement
         )
@@ -477,9 +449,9 @@ class Trainer:
 
     def _resume(self, resume: Resume) -> None:
         self.state, _ = load_state(resume.folder)
-        if self.state.masks is None:
-            self.rule.load_state_dict(self.state.rule)
         set_masks(self.model, self.state.masks)
+        if self.switch is not None:
+            self.switch.load_state_dict(self.state.switch)
         # DeepSpeed's optimizer files are pickles; they were written by this run.
         if resume.way == "exact":
             self.engine.load_checkpoint(str(resume.folder.parent), tag=resume.folder.name)

@@ -231,7 +231,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 HALFWAY = """
 import sys
 from pathlib import Path
-from spion_ds.data import listops
+from spion_ds.data.listops import task as listops
 
 distinct_trees = listops._distinct_trees
 

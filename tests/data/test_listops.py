@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spion_ds.data import Split, get_task
 from spion_ds.data.listops import task as listops
 from spion_ds.data.listops.official import OFFICIAL_FILES, parse_official
 from spion_ds.data.listops.task import ListOpsConfig, fill_splits, prepare
 from spion_ds.data.listops.trees import UNKNOWN_ID, TreeShape, draw_trees, evaluate, truncated_value
+from spion_ds.data.storage.cache import Split
+from spion_ds.data.tasks import get_task
 from spion_ds.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

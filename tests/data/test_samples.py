@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spion_ds.data import get_task
 from spion_ds.data.listops.task import encode
 from spion_ds.data.storage.samples import read_samples
+from spion_ds.data.tasks import get_task
 from spion_ds.errors import DataError
 
 LISTOPS = get_task("listops")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spion_ds.data import get_task
 from spion_ds.data.image import ImageConfig
 from spion_ds.data.listops.task import ListOpsConfig
 from spion_ds.data.pathfinder.task import PathfinderConfig
 from spion_ds.data.retrieval import RetrievalConfig
+from spion_ds.data.tasks import get_task
 from spion_ds.data.text import TextConfig
 from spion_ds.errors import DataError
 

@@ -26,7 +26,7 @@ import torch
 from spion_ds.distributed.process_group import discover_ranks, end_process, leave
 from spion_ds.distributed.stopping import Stopped
 from spion_ds.errors import SpionError
-from spion_ds.switching import coordinator
+from spion_ds.switching import dense_to_sparse, gathering
 from spion_ds.training import trainer
 from spion_ds.training.checkpoints import checkpoint
 from spion_ds.training.session import TrainOptions, run_command, train
@@ -35,8 +35,8 @@ from spion_ds.training.step import losses
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (trainer.Trainer, "_step"),
     "loss": (losses.F, "cross_entropy"),
-    "map": (coordinator, "_mean_map"),
-    "broadcast": (coordinator.Coordinator, "_broadcast"),
+    "map": (gathering, "_mean"),
+    "broadcast": (dense_to_sparse, "share_masks"),
     "layouts": (trainer, "layouts_digest"),
     "save": (trainer, "save_checkpoint"),
     "weights": (checkpoint, "gather_weights"),

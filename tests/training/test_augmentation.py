@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from spion_ds.data.augmentation import flip_and_turn, shuffle_operands
+from spion_ds.data.listops.augmentation import shuffle_operands
 from spion_ds.data.listops.task import evaluate
 from spion_ds.data.listops.trees import CLOSE_ID, MIN_ID, SM_ID, TreeShape, draw_trees
+from spion_ds.data.pathfinder.augmentation import flip_and_turn
 from spion_ds.random_bits import sample_keys
 
 DEPTH = 10

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from spion_ds.data import Split
+from spion_ds.data.storage.cache import Split
 from spion_ds.training.step.batches import (
     BatchOrder,
     BatchReader,

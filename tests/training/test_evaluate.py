@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from spion_ds.data import Split
+from spion_ds.data.storage.cache import Split
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.inference.commands import EvaluateOptions, open_model, run_evaluate
 from spion_ds.models import load_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spion_ds.data import TASKS
+from spion_ds.data.tasks import TASKS
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.random_bits import sample_keys

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spion_ds.data import TASKS, Dataset, Split
 from spion_ds.data.listops.levels import NO_VALUE, subexpression_values, take_apart
 from spion_ds.data.listops.subexpressions import check_readable, subexpression_loss
 from spion_ds.data.listops.task import encode, evaluate
 from spion_ds.data.listops.trees import CLOSE_ID, MIN_ID, UNKNOWN_ID
+from spion_ds.data.storage.cache import Dataset, Split
+from spion_ds.data.tasks import TASKS
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig

@@ -50,7 +50,7 @@ class TrainingState:
         seed: with ``step``, the state of all random draws (they are counter-based).
         switch_step: how many steps were dense; None in the dense phase.
         masks: one (n, n) bool mask a layer, None in the dense phase.
-        rule: the transition rule's memory.
+        switch: the state of the driver of the switch: the rule's memory, and masks; {} without one.
         best_step, best_accuracy: of the best evaluation of the present phase.
     """
 
@@ -59,7 +59,7 @@ class TrainingState:
     seed: int = 0
     switch_step: int | None = None
     masks: list[Tensor] | None = None
-    rule: dict[str, Any] = field(default_factory=dict)
+    switch: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     best_accuracy: float = -1.0
 

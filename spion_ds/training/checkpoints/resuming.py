@@ -80,7 +80,7 @@ def plan_resume(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ran
 
 def check_rule_memory(folder: Path, state: TrainingState, config: RunConfig) -> None:
     """Raise CheckpointError if the rule remembers maps of another resolution than it will get."""
-    before = state.rule.get("before") if state.masks is None else None
+    before = state.switch.get("rule", {}).get("before")
     if not before:
         return
     found = "token" if before[0].shape[-1] == config.data.sequence_length else "block"

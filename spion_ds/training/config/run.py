@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from spion_ds.data import TASKS, get_task
+from spion_ds.data.tasks import TASKS, get_task
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.models import ModelConfig
 from spion_ds.settings import read_dataclass, require

@@ -83,15 +83,12 @@ class TransitionConfig:
             return SkewnessRule(self.min_skewness, self.max_change_percent)
         return DistanceRule(self.threshold_percent) if self.rule == "distance" else FixedStepRule()
 
-    def is_check(self, step: int) -> bool:
-        """Return whether the maps of the ``step``-th step (from 1) are looked at."""
-        if self.rule == "fixed":
-            return step >= (self.switch_step or 0) or self.is_forced(step)
-        return step % self.check_every == 0 or self.is_forced(step)
-
-    def is_forced(self, step: int) -> bool:
-        """Return whether the switch comes after this step whatever the rule says."""
-        return self.max_dense_steps is not None and step >= self.max_dense_steps
+    @property
+    def steps_between_checks(self) -> int:
+        """Steps from one look at the maps to the next; the fixed rule looks once, and fires."""
+        if self.rule == "fixed" and self.switch_step is not None:
+            return self.switch_step
+        return self.check_every
 
     def holds(self, accuracy: float, majority: float) -> bool:
         """Return whether a rule that looks at maps has to wait for the model to learn.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spion_ds.data import Split
+from spion_ds.data.storage.cache import Split
 from spion_ds.data.task import Augmentation
 
 # Micro-batches that are read ahead.

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from spion_ds.data import Split, get_task
+from spion_ds.data.storage.cache import Split
+from spion_ds.data.tasks import get_task
 from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError
 from spion_ds.models import EncoderClassifier

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from spion_ds.data import get_task
+from spion_ds.data.tasks import get_task
 from spion_ds.models import EncoderClassifier
 from spion_ds.training.config.run import RunConfig
 from spion_ds.training.reports.metrics import Tally

@@ -1,0 +1,140 @@
+"""The masks in DenseToSparse's state: held, checked against the model's buffers, loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spion_ds.attention.layout import pack_mask, unpack_mask
+from spion_ds.errors import CheckpointError, ConfigError
+from spion_ds.switching.decision import masks_digest
+from spion_ds.switching.observation import Layer
+
+FORMAT = 1
+_KEYS = {"format", "last_step", "switch_step", "overdue", "rule", "layers", "masks", "digest"}
+
+
+def pack_masks(layers: Sequence[Layer], sparse: bool) -> dict[str, Any]:
+    """Return the masks of layers without a buffer of their own, and a digest of all masks.
+
+    Args:
+        layers: the attentions.
+        sparse: whether they have switched.
+    """
+    return {
+        "layers": [_describe(layer) for layer in layers],
+        "masks": [_pack(layer) if sparse and not _has_buffer(layer) else None for layer in layers],
+        "digest": masks_digest(current_masks(layers)) if sparse else "",
+    }
+
+
+def check_state(state: Any, layers: Sequence[Layer]) -> None:
+    """Raise CheckpointError unless ``state`` is DenseToSparse's, of a model with these layers."""
+    if not isinstance(state, dict) or set(state) != _KEYS or state["format"] != FORMAT:
+        found = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"this is no state of DenseToSparse of format {FORMAT}: it has {found}; give what "
+            "switch.state_dict() returned"
+        )
+    theirs, ours = state["layers"], [_describe(layer) for layer in layers]
+    if theirs != ours:
+        different = [pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]]
+        where = (
+            f"layer {ours.index(different[0][1])} has {different[0][0]} there and "
+            f"{different[0][1]} here"
+            if different
+            else f"it has {len(theirs)} layers and this model {len(ours)}"
+        )
+        raise CheckpointError(
+            f"the state is of another model: {where}; build the model as it was when it was saved"
+        )
+
+
+def unpack_masks(state: dict[str, Any], layers: Sequence[Layer]) -> None:
+    """Set the masks of a checked state in the layers that have no buffer.
+
+    Raises:
+        CheckpointError: a mask is damaged, or is missing where there is no buffer.
+    """
+    sparse = state["switch_step"] is not None
+    masks: list[Tensor | None] = []
+    for layer, packed in zip(layers, state["masks"], strict=True):
+        if _has_buffer(layer) or not sparse:
+            masks.append(None)
+            continue
+        if packed is None:
+            raise CheckpointError(
+                f"the state has no mask for {layer.name}, which had a mask buffer when it was "
+                "saved: build its SparseSelfAttention with max_seq_length= as then"
+            )
+        masks.append(_unpack(packed, layer))
+    # All are read before the first is set.
+    for layer, mask in zip(layers, masks, strict=True):
+        if not _has_buffer(layer):
+            layer.attention.set_mask(mask)
+
+
+def verify_masks(layers: Sequence[Layer], sparse: bool, digest: str | None) -> None:
+    """Raise unless the layers' masks are those that the driver knows of.
+
+    Args:
+        layers: the attentions.
+        sparse: whether they have switched.
+        digest: of the masks of a loaded state, None where none was loaded.
+
+    Raises:
+        ConfigError: a layer has a mask in the dense phase, or none in the sparse phase.
+        CheckpointError: the masks are not those of the loaded state.
+    """
+    masks = current_masks(layers)
+    for layer, mask in zip(layers, masks, strict=True):
+        if sparse == (mask is None):
+            raise ConfigError(
+                f"{layer.name} is {'dense' if mask is None else 'sparse'} and the driver of the "
+                f"switch is in the {'sparse' if sparse else 'dense'} phase; load the model's "
+                "state and switch.load_state_dict() of one checkpoint, or make a mask-free start "
+                "with attention.set_mask(None)"
+            )
+    if sparse and digest is not None and masks_digest(masks) != digest:
+        raise CheckpointError(
+            "the model's masks are not those of the loaded state (their digests differ); load "
+            "both from one checkpoint"
+        )
+
+
+def current_masks(layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Return each layer's mask, read from its buffer where it has one."""
+    for layer in layers:
+        layer.attention.refresh()
+    return [layer.sparsity.pattern for layer in layers]
+
+
+def _has_buffer(layer: Layer) -> bool:
+    return layer.attention.max_seq_length is not None
+
+
+def _describe(layer: Layer) -> dict[str, Any]:
+    sparsity = layer.sparsity
+    return {
+        "heads": sparsity.num_heads,
+        "block": sparsity.block,
+        "per_head": bool(sparsity.different_layout_per_head),
+    }
+
+
+def _pack(layer: Layer) -> dict[str, Any] | None:
+    mask = layer.sparsity.pattern
+    if mask is None:
+        return None
+    bits = torch.frombuffer(bytearray(pack_mask(mask)), dtype=torch.uint8)
+    return {"shape": list(mask.shape), "bits": bits}
+
+
+def _unpack(packed: dict[str, Any], layer: Layer) -> Tensor:
+    try:
+        return unpack_mask(bytes(packed["bits"].tolist()), tuple(packed["shape"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the mask of {layer.name} is damaged: {error}") from error
