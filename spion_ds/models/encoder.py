@@ -5,8 +5,7 @@ Shape suffixes: B batch, L tokens, E model dim, H heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,174 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
-from spion_ds.attention.dropout import dropout
+from spion_ds.models.config import ModelConfig
 from spion_ds.models.embedding import Embedding
-from spion_ds.models.rotary import rotate, rotations
+from spion_ds.models.layers import PLACES_A_LAYER, AttentionPooling, EncoderLayer, dropper
+from spion_ds.models.rotary import rotations
 from spion_ds.random_bits import combine
 from spion_ds.settings import require
 from spion_ds.sparsity import AttentionConfig, SatAttentionConfig
 
-POOLINGS = ("masked_mean", "mean", "attention")
-POSITIONS = ("learned", "rotary")
 # Queries, keys and padding mask of a layer.
 Seen = tuple[Tensor, Tensor, Tensor | None]
-# Dropout places: one in the embedding, then four a layer.
-_PLACES_A_LAYER = 4
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Size of the encoder; the defaults are the published ones (spec section 5).
-
-    Attributes:
-        dim: width of the residual stream.
-        ffn_dim: width of the feed-forward layer.
-        layers: encoder layers.
-        heads: attention heads a layer.
-        head_dim: width of a head.
-        classifier_dim: width of the classifier's hidden layer.
-        dropout: probability, on the embedding, the attention output and the feed-forward layer.
-        attention_dropout: probability, on the attention probabilities.
-        positions: ``"learned"``, a vector for each that is added to the embedding, or
-            ``"rotary"``, which turns queries and keys.
-        pooling: ``"masked_mean"`` averages the real tokens, ``"mean"`` the padding too, as the
-            published code does, ``"attention"`` takes the first token, after it has attended to
-            all real tokens once more: one row, whatever the layers' patterns keep. In ListOps it
-            is the root operator.
-        zero_is_padding: whether token 0 counts as padding wherever it stands, as in the published
-            code, which so hides the black pixels of images.
-        masked_token_loss: weight of the loss of guessing masked input tokens, beside the task's; 0
-            leaves out the pass and the layer for it.
-        nesting_levels: depths of nesting in brackets that have a vector each, added to the
-            embedding; what is deeper shares the last. ListOps only; 0 for none.
-        subexpression_loss: weight of the loss of naming the value of every ListOps sub-expression
-            at its operator, by the classifier of the first token, in the same pass; 0 for none.
-        activation_checkpointing: whether training keeps only the layers' inputs and computes the
-            rest again in the backward pass: less memory, a third more time. Results stay.
-    """
-
-    dim: int = 64
-    ffn_dim: int = 128
-    layers: int = 4
-    heads: int = 2
-    head_dim: int = 32
-    classifier_dim: int = 128
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    positions: str = "learned"
-    pooling: str = "masked_mean"
-    zero_is_padding: bool = False
-    masked_token_loss: float = 0.0
-    nesting_levels: int = 0
-    subexpression_loss: float = 0.0
-    activation_checkpointing: bool = False
-
-    def validate(self) -> None:
-        """Raise ConfigError unless every value is in range."""
-        for name in ("dim", "ffn_dim", "layers", "heads", "head_dim", "classifier_dim"):
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name}", value, "a whole number from 1 up")
-        for name in ("dropout", "attention_dropout"):
-            value = getattr(self, name)
-            require(0.0 <= value < 1.0, f"model.{name}", value, "0 up to, not including, 1")
-        for name in ("masked_token_loss", "subexpression_loss"):
-            value = getattr(self, name)
-            require(value >= 0.0, f"model.{name}", value, "from 0 up")
-        levels = self.nesting_levels
-        require(levels >= 0, "model.nesting_levels", levels, "a whole number from 0 up")
-        require(
-            levels == 0 or self.masked_token_loss == 0.0,
-            "model.nesting_levels",
-            levels,
-            "0 where model.masked_token_loss is above 0: a mask may hide a bracket",
-        )
-        known = " or ".join(POSITIONS)
-        require(self.positions in POSITIONS, "model.positions", self.positions, known)
-        even = self.positions != "rotary" or self.head_dim % 2 == 0
-        require(even, "model.head_dim", self.head_dim, "an even number, for rotary positions")
-        require(self.pooling in POOLINGS, "model.pooling", self.pooling, " or ".join(POOLINGS))
-        require(
-            self.subexpression_loss == 0.0 or self.pooling == "attention",
-            "model.subexpression_loss",
-            self.subexpression_loss,
-            "0 where model.pooling is not attention, whose classifier reads single tokens",
-        )
-
-
-class EncoderLayer(nn.Module):
-    """Pre-LayerNorm attention and feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, attention: SparseSelfAttention) -> None:
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads, self.dropout_p = config.heads, config.dropout
-        self.attention_norm = nn.LayerNorm(config.dim)
-        self.qkv = nn.Linear(config.dim, 3 * inner)
-        self.attention = attention
-        self.projection = nn.Linear(inner, config.dim)
-        self.ffn_norm = nn.LayerNorm(config.dim)
-        self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
-        self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
-        self.pattern: LearnedPattern | None = None  # SAT's, given by the model
-
-    def forward(
-        self,
-        x_BLE: Tensor,
-        padding_mask: Tensor | None,
-        keys: Tensor | None,
-        rotation: Tensor | None = None,
-        shown: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return (B, L, E), and queries and keys, (B, H, L, D) each, if they are asked for.
-
-        Args:
-            x_BLE: (B, L, E).
-            padding_mask: (B, L) bool, True = real token; None where all are.
-            keys: (4, B) int32 dropout keys, None for no dropout.
-            rotation: of rotary positions, None for others.
-            shown: ask for queries and keys.
-        """
-        p = self.dropout_p if keys is not None else 0.0
-        drop = _dropper(p, keys)
-        # (B, L, 3·H·D) → 3 × (B, H, L, D)
-        qkv = self.qkv(self.attention_norm(x_BLE)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        attended = self.attention(q, k, v, padding_mask, None if keys is None else keys[0])
-        x_BLE = x_BLE + drop(self.projection(attended.transpose(1, 2).flatten(2)), 1)
-        hidden = drop(nn.functional.gelu(self.ffn_in(self.ffn_norm(x_BLE))), 2)
-        return x_BLE + drop(self.ffn_out(hidden), 3), (q, k) if shown else None
-
-
-class AttentionPooling(nn.Module):
-    """The first token, which has attended to all: dense attention of a single row."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        inner = config.heads * config.head_dim
-        self.heads = config.heads
-        self.query = nn.Linear(config.dim, inner)
-        self.key_value = nn.Linear(config.dim, 2 * inner)
-        self.projection = nn.Linear(inner, config.dim)
-
-    def forward(self, x_BLE: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Return (B, E), given (B, L, E) and the padding mask (B, L) bool, True = real token."""
-        first = x_BLE[:, 0]
-        q_BHD = self.query(first).unflatten(-1, (self.heads, -1))
-        key_value = self.key_value(x_BLE).unflatten(-1, (2, self.heads, -1))
-        k_BLHD, v_BLHD = key_value.unbind(dim=2)
-        # Written out: fused attention is made for many rows.
-        exact = torch.promote_types(x_BLE.dtype, torch.float32)
-        logits_BHL = torch.einsum("bhd,blhd->bhl", q_BHD, k_BLHD).to(exact)
-        logits_BHL = logits_BHL * q_BHD.shape[-1] ** -0.5
-        if padding_mask is not None:
-            # Not infinite: a sample without real tokens shall give no NaN.
-            lowest = torch.finfo(exact).min
-            logits_BHL = logits_BHL.masked_fill(~padding_mask[:, None], lowest)
-        weights = logits_BHL.softmax(dim=-1)
-        attended = torch.einsum("bhl,blhd->bhd", weights.to(x_BLE.dtype), v_BLHD)
-        return first + self.projection(attended.flatten(1))
 
 
 class EncoderClassifier(nn.Module):
@@ -317,7 +158,7 @@ class EncoderClassifier(nn.Module):
     @property
     def dropout_places(self) -> int:
         """How many dropout keys a sample needs in one forward pass."""
-        return 1 + _PLACES_A_LAYER * len(self.layers)
+        return 1 + PLACES_A_LAYER * len(self.layers)
 
     @property
     def attentions(self) -> list[SparseSelfAttention]:
@@ -372,12 +213,12 @@ class EncoderClassifier(nn.Module):
             rotation = rotations(length, self.config.head_dim, device)
         else:
             x = x + self.position_embedding(torch.arange(length, device=device))
-        x = _dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
+        x = dropper(self.config.dropout if keys is not None else 0.0, keys)(x, 0)
         # A pass that guesses tokens gives no pattern loss.
         shown = self.training and not guess_tokens and (self.keeps_seen or self.learns_patterns)
         seen = []
         for index, layer in enumerate(self.layers):
-            first = 1 + _PLACES_A_LAYER * index
+            first = 1 + PLACES_A_LAYER * index
             inputs = (x, mask, None if keys is None else keys[first : first + 4], rotation, shown)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 # Dropout is counter-based: there is no random state to restore.
@@ -433,10 +274,3 @@ class EncoderClassifier(nn.Module):
             return x_BLE.mean(dim=1)
         weight = padding_mask.to(x_BLE.dtype)[..., None]
         return (x_BLE * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
-
-
-def _dropper(p: float, keys: Tensor | None) -> Callable[[Tensor, int], Tensor]:
-    """Return f(x, place) that drops with the key of ``place``, or leaves x alone."""
-    if p == 0.0 or keys is None:
-        return lambda x, place: x
-    return lambda x, place: dropout(x, p, keys[place])

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
-from spion_ds.models.encoder import EncoderClassifier, ModelConfig
+from spion_ds.models.config import ModelConfig
+from spion_ds.models.encoder import EncoderClassifier
 from spion_ds.settings import read_dataclass
 from spion_ds.sparsity import read_sparse_attention
 from spion_ds.switching.masks import get_masks, set_masks

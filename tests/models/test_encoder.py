@@ -10,7 +10,7 @@ import torch
 from spion_ds.attention import AttentionMapAccumulator
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig
-from spion_ds.models.encoder import POOLINGS
+from spion_ds.models.config import POOLINGS
 from spion_ds.random_bits import sample_keys
 from spion_ds.sparsity import SatAttentionConfig, SparseAttentionConfig
 
