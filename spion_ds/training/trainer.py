@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from spion_ds.data import Dataset, get_task
 from spion_ds.data.baselines import majority_baseline
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.heartbeat import Watch
-from spion_ds.distributed.process_group import Ranks, import_deepspeed
+from spion_ds.distributed.process_group import Ranks
 from spion_ds.distributed.stopping import StopRequest
 from spion_ds.errors import SpionError
 from spion_ds.random_bits import sample_keys
@@ -31,14 +30,13 @@ from spion_ds.switching.coordinator import (
 from spion_ds.switching.masks import set_masks
 from spion_ds.training.checkpoints.checkpoint import (
     TrainingState,
-    gathered,
     load_state,
     load_weights,
     save_checkpoint,
 )
 from spion_ds.training.checkpoints.files import checkpoint_name, prune_checkpoints, write_pointer
 from spion_ds.training.checkpoints.resuming import Resume, drop_universal, make_universal
-from spion_ds.training.config.deepspeed import with_universal_checkpoint, zero_stage
+from spion_ds.training.config.deepspeed import with_universal_checkpoint
 from spion_ds.training.config.run import RunConfig
 from spion_ds.training.reports.metrics import Tally
 from spion_ds.training.reports.run_log import (
@@ -55,12 +53,7 @@ from spion_ds.training.step.batches import (
     DrawKeys,
     micro_batch_positions,
 )
-from spion_ds.training.step.deepspeed_engine import (
-    clip_by_value,
-    restart,
-    step_unless,
-    step_without_waiting,
-)
+from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
 from spion_ds.training.step.evaluation import build_model, evaluate
 from spion_ds.training.step.losses import Losses
 from spion_ds.training.step.step_guard import StepGuard, StepReport
@@ -104,14 +97,13 @@ class Trainer:
         self.device = ranks.device
         self.model = build_model(config)
         self.engine = self._make_engine(resume)
-        stage = zero_stage(config.resolved)
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
             self.device,
             at_once=skips or self.device.type == "cpu",
             gradients=config.training.precision != "fp16",
-            whole=stage == 0,
+            whole=self.engine.has_whole_gradients,
         )
 
         self.state = TrainingState(seed=config.training.seed)
@@ -140,9 +132,7 @@ class Trainer:
             compile=config.training.compile,
             cuda_graph=config.training.cuda_graph,
             observes=config.switches,
-            # At stage 0 every step ends with gradients that are None; other stages keep what they
-            # take apart.
-            keeps_gradients=stage != 0,
+            keeps_gradients=self.engine.keeps_gradients,
             before_capture=self.reader.settle,
         )
         self.timer = StepTimer(self.device)
@@ -161,28 +151,14 @@ class Trainer:
             self.log.say(f"sparse attention from the first step ({mode}); densities {shown}")
             self.log.pictures(0, None, self.state.masks)
 
-    def _make_engine(self, resume: Resume | None) -> Any:
-        """Return DeepSpeed's engine of the model, with what a step needs hooked into it."""
+    def _make_engine(self, resume: Resume | None) -> DeepSpeedEngine:
         config = self.config
         deepspeed_config = config.resolved
         if resume is not None and resume.way == "weights":
             self.model.load_state_dict(load_weights(resume.folder))
         elif resume is not None and resume.way == "universal":
             deepspeed_config = with_universal_checkpoint(config.resolved)
-        # DeepSpeed moves the model to its device and wraps optimizer and gradients.
-        engine, *_ = import_deepspeed().initialize(
-            model=self.model,
-            model_parameters=list(self.model.parameters()),
-            config=deepspeed_config,
-        )
-        if zero_stage(config.resolved) == 0 and self.ranks.world_size == 1:
-            engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
-        clip_by_value(engine.basic_optimizer, config.optimizer.clip_value)
-        step_unless(engine.basic_optimizer, lambda: self._skipping)
-        step_without_waiting(engine)
-        # The engine's own, taken in fp32 at stage 0, walks through all modules.
-        engine.zero_grad = engine.optimizer.zero_grad
-        return engine
+        return DeepSpeedEngine(self.model, deepspeed_config, clip_value=config.optimizer.clip_value)
 
     def _make_reader(self) -> BatchReader:
         """Return what reads this rank's micro-batches, with their keys, ahead of the steps."""
@@ -264,8 +240,7 @@ class Trainer:
         else:
             self.timer.stop()
         self._rate = config.schedule.at(state.step, state.switch_step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._rate
+        self.engine.set_learning_rate(self._rate)
         self.tally.begin()
         for micro_step in range(config.batches.accumulation):
             batch, keys = self._read(micro_step)
@@ -273,13 +248,12 @@ class Trainer:
             with self.accelerated.step(phase == "sparse", inputs, observed):
                 logits = self.engine(*inputs).float()
             loss = self.losses.of(batch, keys, logits, state.step)
-            # Divided by one it would be the same loss, and two operators more.
-            self.engine.backward(loss, scale_wrt_gas=config.batches.accumulation > 1)
+            self.engine.backward(loss)
             self.reader.read_ahead(state.step, micro_step)
             self.guard.add_loss(loss)
             if micro_step == config.batches.accumulation - 1:
                 self._skipping = self._obey(self.guard.close(number, self.request.asked))
-            self.engine.step()
+            self.engine.step(skip=self._skipping)
         state.step = number
         state.samples_seen += config.batches.total
         if not self._skipping:
@@ -374,7 +348,7 @@ class Trainer:
         if decision.masks is not None:
             set_masks(self.model, decision.masks)
             if self.config.sparse_attention.restarts_optimizer:
-                restart(self.engine.basic_optimizer)
+                self.engine.restart_optimizer()
             self._derive_layouts()
             self._compare_layouts()
             state.masks, state.switch_step = decision.masks, state.step
@@ -397,7 +371,7 @@ class Trainer:
         parameters = [pattern.weight for pattern in self.model.patterns]
         if not parameters:
             return None
-        with gathered(parameters, self.config):
+        with self.engine.gathered(parameters):
             return [parameter.detach().clone() for parameter in parameters]
 
     def _derive_layouts(self) -> None:
@@ -482,10 +456,10 @@ class Trainer:
         set_masks(self.model, self.state.masks)
         # DeepSpeed's optimizer files are pickles; they were written by this run.
         if resume.way == "exact":
-            self.engine.load_checkpoint(str(resume.folder.parent), tag=resume.folder.name)
+            self.engine.load_checkpoint(resume.folder)
         elif resume.way == "universal":
             folder = make_universal(resume.folder, self.agreement)
-            self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            self.engine.load_checkpoint(folder)
             self.agreement.barrier()
             if self.ranks.is_first:
                 drop_universal(folder)
