@@ -12,9 +12,9 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from model import Model, make_batch
+from spion_ds.masks import save_masks
 
 from spion_ds import DenseToSparse
-from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS, SAVE_EVERY, MICRO_BATCHES = 24, 4, 2

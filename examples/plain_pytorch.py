@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from model import Model, make_batch
+from spion_ds.masks import save_masks
 from torch.nn.parallel import DistributedDataParallel
 
 from spion_ds import DenseToSparse
-from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS, SAVE_EVERY = 24, 4

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from model import Model, make_batch
+from spion_ds.masks import save_masks
 
 from spion_ds import DenseToSparse
-from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS, SAVE_EVERY = 24, 4

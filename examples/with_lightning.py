@@ -12,13 +12,12 @@ import lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from model import Model, make_batch
+from model import Model
 
 from spion_ds import DenseToSparse
-from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
-STEPS, SAVE_EVERY = 24, 4
+STEPS = 24
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -53,17 +52,35 @@ class Task(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+class Batches(IterableDataset):
+    """The steps' batches, from the one after the driver's last."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def __iter__(self):
+        for number in range(self.driver.last_step + 1, STEPS + 1):
+            yield make_batch(number, RANK, RANKS)
+
+
 def main(folder: Path) -> None:
     """Train to the last step, from the newest checkpoint in ``folder`` if there is one."""
     torch.manual_seed(0)
     task = Task()
-    switch, saver = (
-        Switch(task),
-        ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY, save_last=True),
+    switch, saving = Switch(task), ModelCheckpoint(folder, every_n_train_steps=4, save_last=True)
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        callbacks=[switch, saving],
+        devices=RANKS,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    trainer = lightning.Trainer(max_steps=STEPS, callbacks=[switch, saver], devices=RANKS)
-    done = folder / "last.ckpt"
-    trainer.fit(task, batches, ckpt_path=done if done.exists() else None, weights_only=True)
+    last = folder / "last.ckpt"
+    loader = DataLoader(Batches(switch.driver), batch_size=None)
+    trainer.fit(task, loader, ckpt_path=last if last.exists() else None)
+    if RANK == 0:
+        save_masks(task, folder / "masks.safetensors")
 
 
 if __name__ == "__main__":

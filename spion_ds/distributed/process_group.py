@@ -164,7 +164,9 @@ def import_deepspeed() -> Any:
     """Return the deepspeed module, quiet, and without its CPU collectives.
 
     On a CPU DeepSpeed would compile shared-memory collectives (ninja and a compiler, half a
-    minute) before training starts; gloo serves as well.
+    minute) before training starts; gloo serves as well. The name that spares them is no public one
+    of DeepSpeed's, and is needed here, before there is an engine;
+    tests/training/test_deepspeed_contract.py watches it.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import logging

@@ -343,7 +343,7 @@ class DenseToSparse:
                 if self.switch_step is None:
                     report = self._report(maps, hold, skewness)
                 if report is None or report.fire or forced:
-                    masks = self._make_patterns(sources)
+                    masks = self._make_patterns(sources, maps)
             except Exception as error:  # the other ranks wait to be told
                 failure = f"{error}" if isinstance(error, ValueError) else repr(error)
         decided, digest = share_masks(masks, failure, agreement)
@@ -386,14 +386,24 @@ class DenseToSparse:
             return maps
         return [layer.config.pool(map_) for layer, map_ in zip(self._job, maps, strict=True)]
 
-    def _make_patterns(self, sources: Sequence[Tensor]) -> list[Tensor]:
+    def _make_patterns(self, sources: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the masks of all layers of the job, each as its layer can take it."""
+        pooled = self._resolution == "block"
+        sizes = [
+            map_.shape[-1] if pooled else -(-map_.shape[-1] // layer.config.block)
+            for layer, map_ in zip(self._job, maps, strict=True)
+        ]
         configs = [copy.copy(layer.config) for layer in self._job]
         masks = [mask.cpu() for mask in self._patterns(configs, sources)]
         if len(masks) != len(configs):
             raise ConfigError(f"patterns returned {len(masks)} masks for {len(configs)} layers")
-        for config, mask in zip(configs, masks, strict=True):
+        for number, (config, mask, blocks) in enumerate(zip(configs, masks, sizes, strict=True)):
             config.set_pattern(mask)
+            if mask.shape[-1] != blocks:
+                raise ConfigError(
+                    f"patterns returned {tuple(mask.shape)} for layer {number}, whose maps have "
+                    f"{blocks} × {blocks} blocks"
+                )
         return masks
 
     def _obey(self, masks: list[Tensor], observers: Sequence[MapObserver]) -> None:

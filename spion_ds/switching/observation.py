@@ -179,7 +179,7 @@ class Observation:
         return [
             tuple(observer.maps.total.shape)
             for observer in self.observers
-            if isinstance(observer, MapObserver) and observer.maps.total is not None
+            if isinstance(observer, MapObserver) and observer.seen > 0
         ]
 
     def arm(self) -> None:

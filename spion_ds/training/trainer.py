@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.storage.cache import Dataset
-from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.heartbeat import Watch
-from spion_ds.distributed.process_group import Ranks, import_deepspeed
+from spion_ds.distributed.process_group import Ranks
 from spion_ds.distributed.stopping import StopRequest
-from spion_ds.errors import SpionError
-from spion_ds.random_bits import sample_keys
 from spion_ds.switching import CoordinationError, DenseToSparse, Event, Look, PatternError
 from spion_ds.switching.masks import layouts_digest, set_masks
 from spion_ds.training.checkpoints.checkpoint import (
     TrainingState,
-    gathered,
     load_state,
     load_weights,
     save_checkpoint,
 )
 from spion_ds.training.checkpoints.files import checkpoint_name, prune_checkpoints, write_pointer
-from spion_ds.training.checkpoints.resuming import Resume, drop_universal, make_universal
-from spion_ds.training.config.deepspeed import with_universal_checkpoint, zero_stage
+from spion_ds.training.checkpoints.resuming import Resume, load_engine
+from spion_ds.training.config.deepspeed import with_universal_checkpoint
 from spion_ds.training.config.run import RunConfig
 from spion_ds.training.reports.metrics import Tally
 from spion_ds.training.reports.run_log import (
@@ -41,29 +35,12 @@ from spion_ds.training.reports.run_log import (
 )
 from spion_ds.training.reports.switch_log import SwitchLog
 from spion_ds.training.step.acceleration import AcceleratedForward
-from spion_ds.training.step.batches import (
-    Batch,
-    BatchOrder,
-    BatchReader,
-    DrawKeys,
-    micro_batch_positions,
-)
-from spion_ds.training.step.deepspeed_engine import (
-    clip_by_value,
-    restart,
-    step_unless,
-    step_without_waiting,
-)
+from spion_ds.training.step.batches import Batch, DrawKeys, training_reader
+from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
 from spion_ds.training.step.evaluation import build_model, evaluate
 from spion_ds.training.step.losses import Losses
 from spion_ds.training.step.step_guard import StepGuard, StepReport
-
-# Skipping more steps than this without one that counts is no training.
-_MOST_SKIPPED = 10
-
-
-class TrainingError(SpionError, RuntimeError):
-    """Training cannot go on: a loss, gradient or attention map is not finite."""
+from spion_ds.training.step.verdict import StepVerdict, TrainingError
 
 
 class Trainer:
@@ -97,14 +74,13 @@ class Trainer:
         self.device = ranks.device
         self.model = build_model(config)
         self.engine = self._make_engine(resume)
-        stage = zero_stage(config.resolved)
         skips = config.training.on_nonfinite == "skip"
         self.guard = StepGuard(
             self.model,
             self.device,
             at_once=skips or self.device.type == "cpu",
             gradients=config.training.precision != "fp16",
-            whole=stage == 0,
+            whole=self.engine.has_whole_gradients,
         )
 
         self.state = TrainingState(seed=config.training.seed)
@@ -119,16 +95,15 @@ class Trainer:
             self.state.switch_step = 0
         self._derive_layouts()
         self._compare_layouts()
-        self.order = BatchOrder(len(dataset.train), config.batches.total, config.training.seed)
-        self.reader = self._make_reader()
+        self.reader = training_reader(
+            config, dataset.train, ranks, self.device, self.model.dropout_places
+        )
         self.accelerated = AcceleratedForward(
             self.model,
             compile=config.training.compile,
             cuda_graph=config.training.cuda_graph,
             observes=config.switches,
-            # At stage 0 every step ends with gradients that are None; other stages keep what they
-            # take apart.
-            keeps_gradients=stage != 0,
+            keeps_gradients=self.engine.keeps_gradients,
             before_capture=self.reader.settle,
         )
         self.timer = StepTimer(self.device)
@@ -138,68 +113,30 @@ class Trainer:
         self.switch_log = SwitchLog(
             self.log, config.transition, config.training.log_every, self.majority
         )
+        self.verdict = StepVerdict(self.log, config.training.on_nonfinite)
         self.tally = Tally(self.device)
         self.losses = Losses(config, self.model, self.engine, self.tally)
         self._rate = 0.0
         self._skipping = False
-        self._skipped = 0  # steps in a row
-        self._stopping = False  # agreed by all ranks
         if self.state.step == 0 and self.state.masks is not None:
             shown = ", ".join(f"{mask.double().mean():.1%}" for mask in self.state.masks)
             mode = config.sparse_attention.mode
             self.log.say(f"sparse attention from the first step ({mode}); densities {shown}")
             self.log.pictures(0, None, self.state.masks)
 
-    def _make_engine(self, resume: Resume | None) -> Any:
-        """Return DeepSpeed's engine of the model, with what a step needs hooked into it."""
+    def _make_engine(self, resume: Resume | None) -> DeepSpeedEngine:
         config = self.config
         deepspeed_config = config.resolved
         if resume is not None and resume.way == "weights":
             self.model.load_state_dict(load_weights(resume.folder))
         elif resume is not None and resume.way == "universal":
             deepspeed_config = with_universal_checkpoint(config.resolved)
-        # DeepSpeed moves the model to its device and wraps optimizer and gradients.
-        engine, *_ = import_deepspeed().initialize(
-            model=self.model,
-            model_parameters=list(self.model.parameters()),
-            config=deepspeed_config,
-        )
-        if zero_stage(config.resolved) == 0 and self.ranks.world_size == 1:
-            engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
-        clip_by_value(engine.basic_optimizer, config.optimizer.clip_value)
-        step_unless(engine.basic_optimizer, lambda: self._skipping)
-        step_without_waiting(engine)
-        # The engine's own, taken in fp32 at stage 0, walks through all modules.
-        engine.zero_grad = engine.optimizer.zero_grad
-        return engine
-
-    def _make_reader(self) -> BatchReader:
-        """Return what reads this rank's micro-batches, with their keys, ahead of the steps."""
-        config, ranks = self.config, self.ranks
-        task = get_task(config.task)
-        augments, names = config.training.augment, config.model.subexpression_loss > 0.0
-        return BatchReader(
-            self.dataset.train,
-            self.order,
-            lambda micro_step: micro_batch_positions(
-                micro_step, config.batches.micro, ranks.rank, ranks.world_size
-            ),
-            config.batches.accumulation,
-            lambda step, places: sample_keys(
-                config.training.seed,
-                step,
-                torch.from_numpy(places),
-                DrawKeys.places(self.model.dropout_places),
-            ),
-            self.device,
-            augment=task.augmentation(config.data) if augments and task.augmentation else None,
-            values=task.token_targets.values if names and task.token_targets else None,
-        )
+        return DeepSpeedEngine(self.model, deepspeed_config, clip_value=config.optimizer.clip_value)
 
     @property
     def stopped_by_signal(self) -> bool:
         """Whether a signal on any rank ended ``train``."""
-        return self._stopping
+        return self.verdict.stopping
 
     def train(self, stop_at: int | None = None) -> bool:
         """Train to the last step, or to ``stop_at`` or a signal; return whether it is finished."""
@@ -207,7 +144,7 @@ class Trainer:
         last = training.steps if stop_at is None else min(stop_at, training.steps)
         self.request.patient = True
         self.engine.train()
-        while state.step < last and not self._stopping:
+        while state.step < last and not self.verdict.stopping:
             phase = self._step()
             self.watch.tick(state.step)
             ends = state.step == last
@@ -215,7 +152,7 @@ class Trainer:
             switched = phase != state.phase
             logs = state.step % training.log_every == 0
             due = state.step % training.checkpoint_every == 0
-            ends_row = logs or evaluates or switched or ends or self._stopping
+            ends_row = logs or evaluates or switched or ends or self.verdict.stopping
             if due or ends_row:
                 self._obey(self.guard.reports())
             if ends_row:
@@ -223,9 +160,9 @@ class Trainer:
             if switched:
                 reset_peak_memory(self.device)  # each phase has a peak of its own
             best = evaluates and self._evaluate()
-            if best or due or ends or self._stopping:
+            if best or due or ends or self.verdict.stopping:
                 self._save(best)
-        if self._stopping:
+        if self.verdict.stopping:
             self.log.say(f"step {state.step}: asked to stop; a checkpoint is saved")
         return state.step == training.steps
 
@@ -250,8 +187,7 @@ class Trainer:
         else:
             self.timer.stop()
         self._rate = config.schedule.at(state.step, state.switch_step)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._rate
+        self.engine.set_learning_rate(self._rate)
         self.tally.begin()
         with self._watching(number, checking) as look:
             for micro_step in range(config.batches.accumulation):
@@ -280,13 +216,12 @@ class Trainer:
         # The task's own pass is looked at; one that guesses tokens is not.
         with nullcontext() if look is None else look.paused():
             loss = self.losses.of(batch, keys, logits, state.step)
-        # Divided by one it would be the same loss, and two operators more.
-        self.engine.backward(loss, scale_wrt_gas=config.batches.accumulation > 1)
+        self.engine.backward(loss)
         self.reader.read_ahead(state.step, micro_step)
         self.guard.add_loss(loss)
         if micro_step == config.batches.accumulation - 1:
             self._skipping = self._obey(self.guard.close(number, self.request.asked))
-        self.engine.step()
+        self.engine.step(skip=self._skipping)
 
     @contextmanager
     def _watching(self, number: int, checking: bool) -> Iterator[Look | None]:
@@ -320,25 +255,7 @@ class Trainer:
 
     def _obey(self, reports: list[StepReport]) -> bool:
         """Do what all ranks together found about steps; return whether to skip the present one."""
-        skips = False
-        for report in reports:
-            self._stopping = self._stopping or report.stop
-            self._skipped = self._skipped + 1 if report.not_finite else 0
-            if not report.not_finite:
-                continue
-            where = f"{' and '.join(report.not_finite[:2])}" + (
-                f" and {len(report.not_finite) - 2} more" if len(report.not_finite) > 2 else ""
-            )
-            found = f"step {report.step} ({self.state.phase} phase): {where} not finite"
-            if self.config.training.on_nonfinite == "stop" or self._skipped > _MOST_SKIPPED:
-                raise TrainingError(
-                    f"{found}; lower optimizer.lr, train in fp32 or set training.on_nonfinite to "
-                    "skip, and go on with --resume, from the last checkpoint"
-                )
-            skips = True
-            self.log.row(report.step, "skipped", parts=", ".join(report.not_finite))
-            self.log.say(f"{found}; the step is skipped")
-        return skips
+        return self.verdict.obey(reports, self.state.phase)
 
     def _note(self, event: Event) -> None:
         """Go on with what the driver of the switch decided, and write it down."""
@@ -348,7 +265,7 @@ class Trainer:
             for pattern in self.model.patterns:
                 pattern.freeze()
             if self.config.sparse_attention.restarts_optimizer:
-                restart(self.engine.basic_optimizer)
+                self.engine.restart_optimizer()
             self._compare_layouts()
             state.masks, state.switch_step = switch.masks, switch.switch_step
             # Sparse checkpoints compete among themselves: a dense one is another model.
@@ -370,7 +287,7 @@ class Trainer:
     def _pattern_weights(self) -> list[Tensor]:
         """Return SAT's W of each layer, whole on every rank."""
         parameters = [pattern.weight for pattern in self.model.patterns]
-        with gathered(parameters, self.config):
+        with self.engine.gathered(parameters):
             return [parameter.detach().clone() for parameter in parameters]
 
     def _derive_layouts(self) -> None:
@@ -452,15 +369,7 @@ class Trainer:
         set_masks(self.model, self.state.masks)
         if self.switch is not None:
             self.switch.load_state_dict(self.state.switch)
-        # DeepSpeed's optimizer files are pickles; they were written by this run.
-        if resume.way == "exact":
-            self.engine.load_checkpoint(str(resume.folder.parent), tag=resume.folder.name)
-        elif resume.way == "universal":
-            folder = make_universal(resume.folder, self.agreement)
-            self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-            self.agreement.barrier()
-            if self.ranks.is_first:
-                drop_universal(folder)
+        load_engine(self.engine, resume, self.agreement)
         if self.ranks.is_first and self.state.best_step is not None:
             # A run that was killed while it saved, or that goes back, knows another best.
             best = checkpoint_name(self.state.best_step)

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import nn
 
 from spion_ds import DenseToSparse
+from spion_ds.attention import PooledMapAccumulator
 from spion_ds.attention.layout import BlockLayout
-from spion_ds.distributed.agreement import Agreement
+from spion_ds.attention.map_request import mean_row_weights, row_counts
 from spion_ds.distributed.process_group import import_deepspeed
 from spion_ds.errors import SpionError
 from spion_ds.patterns import DistanceRule, FixedStepRule, SkewnessRule, TransitionReport
 from spion_ds.switching import decision
-from tests.switching.toy import BLOCK, LENGTH, Toy, micro_batches, toy, train_step
+from tests.switching.toy import BLOCK, FILTER, LENGTH, Toy, micro_batches, toy, train_step
 
 SCENARIOS: dict[str, Callable[[int, int, Path], Any]] = {}
 
@@ -218,15 +219,21 @@ def heads_on_ranks(rank: int, ranks: int, folder: Path) -> Any:
     found = {}
     for per_head in (False, True):
         whole = toy(heads=(4, 4), per_head=per_head)
+        batches = list(micro_batches(1, 1))
+        x, mask, _ = batches[0]
+        weights = mean_row_weights(row_counts(mask, 1 if per_head else 4))
         with torch.no_grad():
-            reference = DenseToSparse(whole, FixedStepRule(), check_every=1, group=alone)
-            reference._agreement = _Alone()
-            batches = list(micro_batches(1, 1))
-            with reference.step(1, padding_masks=[batches[0][1]]):
-                whole(*batches[0][:2])
-            wanted = reference.masks
-            for layer in whole.layers:
-                layer.attention.set_mask(None)
+            seen = [
+                PooledMapAccumulator(BLOCK, FILTER, weights, per_head=per_head)
+                for _ in whole.layers
+            ]
+            for layer, maps in zip(whole.layers, seen, strict=True):
+                layer.attention.observer = maps
+            whole(x, mask)
+            wanted = []
+            for layer, maps in zip(whole.layers, seen, strict=True):
+                layer.attention.observer = None
+                wanted.append(layer.attention.sparsity_config.find_pattern(maps.total))
             part = HeadsOfALayer(whole, rank, ranks, per_head)
             switch = DenseToSparse(
                 nn.ModuleList(part.layers),
@@ -237,17 +244,9 @@ def heads_on_ranks(rank: int, ranks: int, folder: Path) -> Any:
             )
             with switch.step(1, padding_masks=[batches[0][1]]):
                 part(*batches[0][:2])
-        assert wanted is not None
         mine = [BlockLayout.from_mask(m, BLOCK).heads_of(rank, ranks).to_mask() for m in wanted]
         found[str(per_head)] = everywhere([bits(switch.masks), bits(mine)])
     return found
-
-
-class _Alone(Agreement):
-    """The agreement of a process that is alone although there are others."""
-
-    def __init__(self) -> None:
-        self.rank, self.world_size, self.group = 0, 1, None
 
 
 @scenario

@@ -17,7 +17,7 @@ from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport
 from spion_ds.sparsity import DenseSparsityConfig, SpionSparsityConfig, find_patterns
 from spion_ds.switching import Event, PatternError
-from tests.switching.toy import BLOCK, LENGTH, Toy, micro_batches, samples, toy, train_step
+from tests.switching.toy import BLOCK, FILTER, LENGTH, Toy, micro_batches, samples, toy, train_step
 
 
 class Shown:
@@ -74,7 +74,7 @@ def run(
 def test_masks_are_the_patterns_of_the_mean_maps_over_all_samples() -> None:
     model, (x, mask, _) = toy(), samples(1, 6)
     expected = [
-        attention_map(q, k, block=BLOCK, filter_size=31, key_padding_mask=mask)
+        attention_map(q, k, block=BLOCK, filter_size=FILTER, key_padding_mask=mask)
         for q, k in shown_by(model, x, mask)
     ]
     switch = DenseToSparse(model, FixedStepRule(), check_every=1)
@@ -97,7 +97,7 @@ def test_without_padding_masks_every_micro_batchs_mean_counts_alike() -> None:
     expected = [
         torch.stack(
             [
-                attention_map(q[s], k[s], block=BLOCK, filter_size=31, key_padding_mask=mask[s])
+                attention_map(q[s], k[s], block=BLOCK, filter_size=FILTER, key_padding_mask=mask[s])
                 for s in (slice(0, 4), slice(4, 6))
             ]
         ).mean(dim=0)

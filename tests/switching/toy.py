@@ -12,6 +12,7 @@ from spion_ds.attention import SparseSelfAttention
 from spion_ds.sparsity import SpionSparsityConfig
 
 LENGTH, BLOCK, VOCABULARY, CLASSES = 64, 16, 11, 3
+FILTER = 3  # side of the diagonal convolution
 
 
 class Layer(nn.Module):
@@ -47,7 +48,9 @@ class Toy(nn.Module):
                 dim,
                 count,
                 SparseSelfAttention(
-                    SpionSparsityConfig(count, block, per_head, variant="c", density=0.5),
+                    SpionSparsityConfig(
+                        count, block, per_head, variant="c", density=0.5, filter_size=FILTER
+                    ),
                     max_seq_length=max_seq_length,
                 ),
             )
@@ -57,6 +60,8 @@ class Toy(nn.Module):
         # Large enough that maps differ from layer to layer and from head to head.
         with torch.no_grad():
             self.embedding.weight.mul_(3.0)
+            for layer in self.layers:
+                layer.qkv.weight.mul_(4.0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         hidden = self.embedding(x) + self.positions(torch.arange(x.shape[1], device=x.device))
@@ -94,7 +99,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
     for x, mask, y in batches:
         loss = F.cross_entropy(model(x, mask), y) / len(batches)
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     optimizer.step()
     optimizer.zero_grad()
     return total

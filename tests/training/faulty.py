@@ -31,6 +31,7 @@ from spion_ds.training import trainer
 from spion_ds.training.checkpoints import checkpoint
 from spion_ds.training.session import TrainOptions, run_command, train
 from spion_ds.training.step import losses
+from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (trainer.Trainer, "_step"),
@@ -39,7 +40,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "broadcast": (dense_to_sparse, "share_masks"),
     "layouts": (trainer, "layouts_digest"),
     "save": (trainer, "save_checkpoint"),
-    "weights": (checkpoint, "gather_weights"),
+    "weights": (DeepSpeedEngine, "weights"),
     "write": (checkpoint, "_save"),
     "publish": (checkpoint, "publish"),
     "prune": (trainer, "prune_checkpoints"),

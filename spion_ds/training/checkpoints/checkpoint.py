@@ -13,12 +13,11 @@ state.pt and weights.pt hold tensors and plain values, and are read with weights
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from torch import Tensor
 
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.distributed.agreement import Agreement
-from spion_ds.distributed.process_group import Ranks, import_deepspeed
+from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoints.files import checkpoint_name, publish, write_manifest
 from spion_ds.training.config.deepspeed import zero_stage
 from spion_ds.training.config.run import RunConfig
+from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine, record_types
 
 FORMAT = 1
 _INCOMPLETE = ".incomplete"
@@ -77,7 +77,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    engine: Any,
+    engine: DeepSpeedEngine,
     root: Path,
     state: TrainingState,
     config: RunConfig,
@@ -95,10 +95,8 @@ def save_checkpoint(
     name = checkpoint_name(state.step)
     incomplete = root / _INCOMPLETE
     agreement.from_first(lambda: _writing(root, lambda: _start_anew(incomplete / name)))
-    failures: list[str] = []
-    with _failures_noted(engine, failures):
-        engine.save_checkpoint(str(incomplete), tag=name, save_latest=False)
-    weights = gather_weights(engine, config)
+    failures = engine.save_checkpoint(incomplete / name)
+    weights = engine.weights()
 
     def finish() -> None:
         _save(weights, incomplete / name / "weights.pt")
@@ -162,13 +160,7 @@ def check_harmless(folder: Path) -> None:
         CheckpointError: one names anything but tensors, plain values and DeepSpeed's own records,
             so that reading it could run code.
     """
-    import_deepspeed()
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    with torch.serialization.safe_globals(records):
+    with torch.serialization.safe_globals(record_types()):
         for path in sorted(folder.rglob("*.pt")):
             _check_harmless_file(path)
 
@@ -183,22 +175,6 @@ def _check_harmless_file(path: Path) -> None:
             f"{f' ({named[1]})' if named else ''}, and could run code when it is read; use "
             "another checkpoint"
         ) from error
-
-
-def gather_weights(engine: Any, config: RunConfig) -> dict[str, Tensor]:
-    """Return the whole model's state dict on the CPU; call it on all ranks, use it on rank 0."""
-    with gathered(list(engine.module.parameters()), config):
-        return {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in engine.module.state_dict().items()
-        }
-
-
-def gathered(parameters: list[Any], config: RunConfig) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which parameters are whole; all ranks enter it together."""
-    if zero_stage(config.resolved) == 3:
-        return import_deepspeed().zero.GatheredParameters(parameters)
-    return contextlib.nullcontext()
 
 
 def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -262,26 +238,3 @@ def _raise_first(root: Path, failures: list[str]) -> None:
             f"a checkpoint cannot be written to {root}: {failures[0].splitlines()[0]}; {free}; the "
             "ones before it are untouched: make room, and go on with --resume"
         )
-
-
-@contextlib.contextmanager
-def _failures_noted(engine: Any, failures: list[str]) -> Iterator[None]:
-    """Let a write of DeepSpeed's fail without leaving the other ranks waiting in its barriers."""
-
-    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> None:
-            try:
-                write(*arguments, **named)
-            except (OSError, RuntimeError) as error:
-                failures.append(str(error) or type(error).__name__)
-
-        return call
-
-    places = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
-    for owner, method in places:
-        vars(owner)[method] = noting(getattr(owner, method))
-    try:
-        yield
-    finally:
-        for owner, method in places:
-            del vars(owner)[method]

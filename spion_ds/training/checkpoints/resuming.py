@@ -22,6 +22,7 @@ from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoints.checkpoint import IDENTITY, TrainingState, identity
 from spion_ds.training.config.deepspeed import zero_stage
 from spion_ds.training.config.run import RunConfig
+from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
 
 _UNIVERSAL = ".universal"
 
@@ -90,6 +91,19 @@ def check_rule_memory(folder: Path, state: TrainingState, config: RunConfig) -> 
             f"remembers maps of resolution {found}, with which the rule goes on; resume "
             f"it with transition.resolution={found}"
         )
+
+
+def load_engine(engine: DeepSpeedEngine, resume: Resume, agreement: Agreement) -> None:
+    """Let the engine go on from a checkpoint's files, in the way that was planned."""
+    # DeepSpeed's optimizer files are pickles; they were written by this run.
+    if resume.way == "exact":
+        engine.load_checkpoint(resume.folder)
+    elif resume.way == "universal":
+        folder = make_universal(resume.folder, agreement)
+        engine.load_checkpoint(folder)
+        agreement.barrier()
+        if agreement.is_first:
+            drop_universal(folder)
 
 
 def make_universal(folder: Path, agreement: Agreement) -> Path:

@@ -78,15 +78,13 @@ def check_with_deepspeed(resolved: dict[str, Any]) -> None:
     Raises:
         ConfigError: DeepSpeed refuses it, or does not look at one of its keys.
     """
-    import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfig
-
+    read_config = import_deepspeed().DeepSpeedConfig
     # It takes this process for the only one as long as there is no process group.
     world = dist.get_world_size() if dist.is_initialized() else 1
     share = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"]
     noted = _Noted({**copy.deepcopy(resolved), "train_batch_size": share * world})
     try:
-        DeepSpeedConfig(noted)
+        read_config(noted)
     except Exception as error:  # pydantic's, assertions, and whatever its readers stumble on
         raise ConfigError(f"DeepSpeed refuses its configuration: {_reason(error)}") from error
     for key in noted:

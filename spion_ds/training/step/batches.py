@@ -13,6 +13,10 @@ from torch import Tensor
 
 from spion_ds.data.storage.cache import Split
 from spion_ds.data.task import Augmentation
+from spion_ds.data.tasks import get_task
+from spion_ds.distributed.process_group import Ranks
+from spion_ds.random_bits import sample_keys
+from spion_ds.training.config.run import RunConfig
 
 # Micro-batches that are read ahead.
 _AHEAD = 2
@@ -189,6 +193,36 @@ class BatchReader:
         if self.values is not None:
             arrays.append(self.values(ids))
         return [_ready(keys, self.device), *(_ready(x, self.device) for x in arrays)]
+
+
+def training_reader(
+    config: RunConfig, split: Split, ranks: Ranks, device: torch.device, dropout_places: int
+) -> BatchReader:
+    """Return what reads a run's training micro-batches on one rank, with their keys.
+
+    Args:
+        config: the run.
+        split: the training split.
+        ranks: this process among all.
+        device: where the batches go.
+        dropout_places: of the model.
+    """
+    seed, task = config.training.seed, get_task(config.task)
+    augments, names = config.training.augment, config.model.subexpression_loss > 0.0
+    return BatchReader(
+        split,
+        BatchOrder(len(split), config.batches.total, seed),
+        lambda micro_step: micro_batch_positions(
+            micro_step, config.batches.micro, ranks.rank, ranks.world_size
+        ),
+        config.batches.accumulation,
+        lambda step, places: sample_keys(
+            seed, step, torch.from_numpy(places), DrawKeys.places(dropout_places)
+        ),
+        device,
+        augment=task.augmentation(config.data) if augments and task.augmentation else None,
+        values=task.token_targets.values if names and task.token_targets else None,
+    )
 
 
 def _gather(split: Split, indices: np.ndarray) -> list[np.ndarray]:

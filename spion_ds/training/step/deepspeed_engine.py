@@ -1,11 +1,174 @@
-"""What happens around the step of the optimizer inside DeepSpeed's, at every ZeRO stage."""
+"""DeepSpeed's engine as the trainer needs it; no other file of the package reaches into DeepSpeed.
+
+What is relied on here without being promised by DeepSpeed is tested piece by piece, by
+tests/training/test_deepspeed_contract.py, at both ends of the range that setup.py allows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spion_ds.distributed.process_group import import_deepspeed
+from spion_ds.errors import CheckpointError
+from spion_ds.training.config.deepspeed import zero_stage
+
+
+class DeepSpeedEngine:
+    """Trains a model on all ranks: forward, backward and step at any ZeRO stage, and checkpoints.
+
+    Calling it is the model's forward pass. All ranks call everything alike.
+
+    Args:
+        model: is moved to its device and cast, and partitioned at stage 3, in place.
+        config: a resolved DeepSpeed configuration.
+        clip_value: largest magnitude of a gradient element in an optimizer step, None for any.
+
+    Attributes:
+        model: that is trained.
+        stage: of ZeRO, 0 to 3.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], *, clip_value: float | None = None
+    ) -> None:
+        self.model, self.stage = model, zero_stage(config)
+        self._accumulates = config.get("gradient_accumulation_steps", 1) > 1
+        self._skipping = False
+        self._engine: Any
+        self._engine, *_ = import_deepspeed().initialize(
+            model=model, model_parameters=list(model.parameters()), config=config
+        )
+        # The optimizer inside DeepSpeed's, PyTorch's own for one.
+        self._inner: torch.optim.Optimizer = self._engine.basic_optimizer
+        if self.stage == 0 and dist.get_world_size() == 1:
+            self._engine.enable_backward_allreduce = False  # DeepSpeed would copy for nobody
+        clip_by_value(self._inner, clip_value)
+        step_unless(self._inner, lambda: self._skipping)
+        step_without_waiting(self._engine)
+        # The engine's own, taken in fp32 at stage 0, walks through all modules.
+        self._engine.zero_grad = self._engine.optimizer.zero_grad
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the model's forward pass does."""
+        return self._engine(*inputs, **named)
+
+    def train(self) -> None:
+        """Set the model to training mode."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Set the model to evaluation mode."""
+        self._engine.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients, each its share of the mean over the step's micro-batches.
+
+        Args:
+            loss: () float32, the micro-batch's mean.
+        """
+        # Divided by one it would be the same loss, and two operators more.
+        self._engine.backward(loss, scale_wrt_gas=self._accumulates)
+
+    def step(self, *, skip: bool = False) -> None:
+        """End a micro-batch; the step's last one moves the weights and drops the gradients.
+
+        Args:
+            skip: leave weights and optimizer as they are, and drop the gradients all the same.
+        """
+        self._skipping = skip
+        self._engine.step()
+
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last :meth:`step` moved the weights.
+
+        Not between micro-batches, not where it was skipped, and not where a gradient overflowed
+        under loss scaling.
+        """
+        return not self._skipping and self._engine.was_step_applied()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Let the next step be taken at ``rate``."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def restart_optimizer(self) -> None:
+        """Let the optimizer go on as a new one."""
+        restart(self._inner)
+
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Whether each parameter holds its whole gradient between backward pass and step.
+
+        At other stages DeepSpeed takes it apart as soon as autograd has made it; a hook on the
+        parameter still sees it whole.
+        """
+        return self.stage == 0
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether a parameter may hold a gradient after a step; otherwise each ends with None."""
+        return self.stage != 0
+
+    def gathered(
+        self, parameters: Sequence[nn.Parameter]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which parameters are whole, to be read; all ranks enter it."""
+        if self.stage == 3:
+            return import_deepspeed().zero.GatheredParameters(list(parameters))
+        return contextlib.nullcontext()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole state dict on the CPU; call it on all ranks, use it on rank 0."""
+        with self.gathered(list(self.model.parameters())):
+            return {
+                name: tensor.detach().to("cpu", copy=True)
+                for name, tensor in self.model.state_dict().items()
+            }
+
+    def save_checkpoint(self, folder: Path) -> list[str]:
+        """Write DeepSpeed's files of a checkpoint, on all ranks, and its recovery scripts above it.
+
+        Args:
+            folder: the checkpoint's; its name is DeepSpeed's tag.
+
+        Returns:
+            What could not be written by this rank. It is not raised: the other ranks would wait
+            in DeepSpeed's barriers.
+        """
+        failures: list[str] = []
+        with _failures_noted(self._engine, failures):
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        return failures
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Go on from DeepSpeed's files of a checkpoint, which are pickles: trust them first.
+
+        Raises:
+            CheckpointError: there are none.
+        """
+        found, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if found is None:
+            raise CheckpointError(
+                f"{folder} has no files of DeepSpeed's; use another checkpoint of the run"
+            )
+
+
+def record_types() -> list[Any]:
+    """Return the classes, beside tensors and plain values, that DeepSpeed's files may hold."""
+    import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipping: Callable[[], bool]) -> None:
@@ -90,3 +253,26 @@ def step_without_waiting(engine: Any) -> None:
         return False
 
     vars(optimizer)["step"] = step
+
+
+@contextlib.contextmanager
+def _failures_noted(engine: Any, failures: list[str]) -> Iterator[None]:
+    """Let a write of DeepSpeed's fail without leaving the other ranks waiting in its barriers."""
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> None:
+            try:
+                write(*arguments, **named)
+            except (OSError, RuntimeError) as error:
+                failures.append(str(error) or type(error).__name__)
+
+        return call
+
+    places = [(engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")]
+    for owner, method in places:
+        vars(owner)[method] = noting(getattr(owner, method))
+    try:
+        yield
+    finally:
+        for owner, method in places:
+            del vars(owner)[method]
