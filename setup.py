@@ -95,6 +95,8 @@ setup(
         "gpu": ["triton>=3.4; platform_system == 'Linux'"],
         "mpi": ["mpi4py>=4.0", "openmpi>=5.0; platform_system == 'Linux'"],
         "dev": [
+            "accelerate>=1.10",
+            "lightning>=2.5",
             "mypy>=1.11",
             "pre-commit>=4.0",
             "pytest>=8.0",

@@ -1,0 +1,1 @@
+"""Thin adapters to other people's loops, one file a library: they translate, switching/ decides."""
