@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from model import Model, make_batch
-from spion_ds.masks import save_masks
 
 from spion_ds import DenseToSparse
 from spion_ds.integrations.lightning import SwitchCallback
+from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS = 24

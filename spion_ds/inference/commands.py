@@ -27,7 +27,7 @@ from spion_ds.models import EncoderClassifier, load_model, save_model
 from spion_ds.models.saved import check_new_folder, is_saved_model, read_model_config
 from spion_ds.settings import read_dataclass, require
 from spion_ds.sparsity import read_sparse_attention
-from spion_ds.switching.masks import get_masks
+from spion_ds.switching.masks import density_text, get_masks
 from spion_ds.training.checkpoints.checkpoint import load_state
 from spion_ds.training.checkpoints.files import check_whole, find_checkpoint
 from spion_ds.training.config.run import build_run_config
@@ -112,14 +112,6 @@ class TrainedModel:
     def masks(self) -> list[Tensor] | None:
         """The mask of each layer at the model's length, None if all blocks are kept."""
         return get_masks(self.model, self.model.sizes["max_length"])
-
-    @property
-    def densities(self) -> list[float]:
-        """Share of blocks that each layer keeps."""
-        masks = self.masks
-        if masks is None:
-            return [1.0] * len(self.model.layers)
-        return [float(mask.double().mean()) for mask in masks]
 
 
 def open_model(
@@ -244,8 +236,8 @@ def evaluate_split(options: EvaluateOptions, ranks: Ranks) -> Evaluation:
         return result
     print(f"{'model' if saved else 'checkpoint'}   {folder}")
     print(f"phase        {trained.phase}, step {trained.step}")
-    densities = ", ".join(f"{d:.1%}" for d in trained.densities)
-    print(f"density      {'100 %' if trained.masks is None else densities}")
+    masks = trained.masks
+    print(f"density      {'100 %' if masks is None else ', '.join(map(density_text, masks))}")
     print(f"throughput   {result.tokens_per_second:,.0f} tokens/s on {ranks.device.type}")
     print(f"{options.split} accuracy {result.accuracy:.2%} of {result.samples} samples")
     for name, accuracy in task.baselines(dataset.train, split).items():

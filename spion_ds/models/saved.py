@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spion_ds.attention.layout import pack_mask, unpack_mask
-from spion_ds.errors import CheckpointError, ConfigError, SpionError
+from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.models.config import ModelConfig
 from spion_ds.models.encoder import EncoderClassifier
 from spion_ds.settings import read_dataclass
 from spion_ds.sparsity import read_sparse_attention
-from spion_ds.switching.masks import get_masks, set_masks
+from spion_ds.switching.mask_files import import_safetensors
+from spion_ds.switching.masks import get_masks, mask_bits, mask_from_bits, set_masks
 
-FORMAT = 1
+# 1 had one shape for the masks of all layers.
+FORMAT, _READABLE = 2, (1, 2)
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _MASK = "masks."
 
@@ -58,8 +59,7 @@ def save_model(
         for name, tensor in model.state_dict().items()
     }
     for layer, mask in enumerate(masks or []):
-        bits = torch.frombuffer(bytearray(pack_mask(mask)), dtype=torch.uint8)
-        tensors[f"{_MASK}{layer}"] = bits.clone()
+        tensors[f"{_MASK}{layer}"] = mask_bits(mask)
     config = {
         "format": FORMAT,
         "task": task,
@@ -67,7 +67,7 @@ def save_model(
         "model": dataclasses.asdict(model.config),
         "sparse_attention": model.sparse_attention.to_mapping(),
         "sizes": model.sizes,
-        "mask_shape": None if masks is None else list(masks[0].shape),
+        "mask_shapes": None if masks is None else [list(mask.shape) for mask in masks],
         "trained": None if trained is None else dict(trained),
     }
     _write(folder, tensors, json.dumps(config, indent=2) + "\n")
@@ -97,7 +97,7 @@ def load_model(
             **config["sizes"],
         )
         model.load_state_dict(tensors)
-        set_masks(model, _unpack(packed, config["mask_shape"], len(model.layers)))
+        set_masks(model, _unpack(packed, config, len(model.layers)), model.sizes["max_length"])
     except (KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(
             f"{folder / _CONFIG} and {_WEIGHTS} do not make a model: {error}; export it again"
@@ -126,9 +126,25 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not of a saved model of format {FORMAT}")
+    if not isinstance(config, dict) or config.get("format") not in _READABLE:
+        allowed = " or ".join(map(str, _READABLE))
+        raise CheckpointError(f"{path} is not of a saved model of format {allowed}")
     return config
+
+
+def read_model_masks(folder: Path) -> list[Tensor] | None:
+    """Return the masks of a saved model without its weights; None if all blocks are kept.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another format.
+    """
+    config, packed = read_model_config(folder), _read_tensors(folder / _WEIGHTS, _MASK)
+    try:
+        return _unpack(packed, config, config["model"]["layers"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG} and {_WEIGHTS} do not hold masks: {error}; export the model again"
+        ) from error
 
 
 def check_new_folder(folder: Path) -> None:
@@ -141,7 +157,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
     temporary = folder.with_name(f".{folder.name}.incomplete-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _safetensors().save_file(tensors, temporary / _WEIGHTS)
+        import_safetensors().save_file(tensors, temporary / _WEIGHTS)
         (temporary / _CONFIG).write_text(config)
         # The library makes files that only their owner may read.
         (temporary / _WEIGHTS).chmod((temporary / _CONFIG).stat().st_mode)
@@ -151,30 +167,30 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
         raise ConfigError(f"the model cannot be written to {folder}: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    # Imported for its side: SafetensorError is the package's own.
-    library = _safetensors()
-    from safetensors import SafetensorError
+def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors whose names start with ``prefix``."""
+    import_safetensors()
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return library.load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; export the model again") from error
 
 
-def _unpack(packed: dict[str, Tensor], shape: Any, layers: int) -> list[Tensor] | None:
-    if shape is None:
+def _unpack(packed: dict[str, Tensor], config: dict[str, Any], layers: int) -> list[Tensor] | None:
+    if config["format"] == 1:
+        shape = config["mask_shape"]
+        shapes = None if shape is None else [shape] * layers
+    else:
+        shapes = config["mask_shapes"]
+    names = [f"{_MASK}{layer}" for layer in range(layers)] if shapes is not None else []
+    if packed.keys() != set(names):
+        raise ConfigError(f"there are masks {sorted(packed)}, and {layers} layers")
+    if shapes is None:
         return None
-    bits = [bytes(packed[f"{_MASK}{layer}"].tolist()) for layer in range(layers)]
-    return [unpack_mask(layer, tuple(shape)) for layer in bits]
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise SpionError(
-            "the package safetensors is missing, in which models are saved; install it with "
-            "'pip install safetensors'"
-        ) from None
-    return safetensors.torch
+    if len(shapes) != layers:
+        raise ConfigError(f"mask_shapes has {len(shapes)} shapes, and there are {layers} layers")
+    return [mask_from_bits(packed[name], shape) for name, shape in zip(names, shapes, strict=True)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.switching.decision import masks_digest
+from spion_ds.switching.masks import mask_bits, mask_from_bits
 from spion_ds.switching.observation import Layer
 
 FORMAT = 1
@@ -129,12 +128,11 @@ def _pack(layer: Layer) -> dict[str, Any] | None:
     mask = layer.sparsity.pattern
     if mask is None:
         return None
-    bits = torch.frombuffer(bytearray(pack_mask(mask)), dtype=torch.uint8)
-    return {"shape": list(mask.shape), "bits": bits}
+    return {"shape": list(mask.shape), "bits": mask_bits(mask)}
 
 
 def _unpack(packed: dict[str, Any], layer: Layer) -> Tensor:
     try:
-        return unpack_mask(bytes(packed["bits"].tolist()), tuple(packed["shape"]))
+        return mask_from_bits(packed["bits"], packed["shape"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the mask of {layer.name} is damaged: {error}") from error

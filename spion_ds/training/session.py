@@ -26,7 +26,7 @@ from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoints.checkpoint import check_harmless, load_state
 from spion_ds.training.checkpoints.files import find_checkpoint, has_checkpoint
-from spion_ds.training.checkpoints.resuming import Resume, check_rule_memory, plan_resume
+from spion_ds.training.checkpoints.resuming import Resume, check_switch_state, plan_resume
 from spion_ds.training.config.deepspeed import check_with_deepspeed
 from spion_ds.training.config.map_memory import check_map_memory
 from spion_ds.training.config.recipe_files import read_deepspeed_json, read_recipe
@@ -229,7 +229,7 @@ def _configure(options: TrainOptions, checkpoint: Path | None, ranks: Ranks) -> 
     if checkpoint is not None:
         state, run = load_state(checkpoint)
         plan_resume(checkpoint, run, config, ranks)
-        check_rule_memory(checkpoint, state, config)
+        check_switch_state(checkpoint, state, config)
         # Going on by itself, a run that was killed after its last step still gets its summary.
         if state.step >= config.training.steps and options.resume != AUTO:
             raise CheckpointError(

@@ -65,6 +65,36 @@ def test_a_loaded_model_is_the_saved_one(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(masks or [], before or [], strict=True))
 
 
+def test_a_model_of_format_1_is_read(tmp_path: Path) -> None:
+    model = sparse_model()
+    save_model(model, tmp_path / "model")
+    # It had one shape, of the masks of all layers.
+    config = tmp_path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    [shape, _] = values.pop("mask_shapes")
+    config.write_text(json.dumps({**values, "format": 1, "mask_shape": shape}))
+    loaded = load_model(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert get_masks(loaded, LENGTH) is not None
+
+
+def test_a_mask_that_does_not_fit_its_layer_is_refused_and_changes_nothing() -> None:
+    model = sparse_model()
+    before = get_masks(model, LENGTH)
+    good, heads = torch.eye(5, dtype=torch.bool), torch.ones(2, 5, 5, dtype=torch.bool)
+    for masks, message in (
+        ([good], "masks of 1 layers, and the model has 2"),
+        ([good, good, good], "masks of 3 layers"),
+        ([good, good[:4]], r"layer 1 has the shape \(4, 5\)"),
+        ([good, good[:4, :4]], "layer 1 has 4 blocks a side, and the layer has 5"),
+        ([good, heads[:1]], "layer 1 is of 1 heads, and the layer has 2"),
+        ([good, heads], "layer 1 is one a head, and the heads of the layer's Spion.* share one"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            set_masks(model, masks, LENGTH)
+    assert all(torch.equal(a, b) for a, b in zip(before, get_masks(model, LENGTH), strict=True))
+
+
 def test_rotary_positions_token_head_pairs_and_sats_w_are_saved(tmp_path: Path) -> None:
     sat = {"mode": "sat", "block": BLOCK}
     named = {"positions": "rotary", "masked_token_loss": 1.0, "zero_is_padding": True}
@@ -121,7 +151,8 @@ def test_it_runs_on_a_gpu_as_on_a_cpu(tmp_path: Path) -> None:
 def test_loading_needs_no_deepspeed(tmp_path: Path) -> None:
     save_model(sparse_model(), tmp_path / "model")
     lines = [
-        f"from spion_ds.models import load_modelmodel = load_model({str(tmp_path / 'model')!r})",
+        "from spion_ds.models import load_model",
+        f"load_model({str(tmp_path / 'model')!r})",
         "import sys",
         "assert 'deepspeed' not in sys.modules",
     ]
@@ -150,9 +181,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 
     values = json.loads(text)
     for changed, message in (
-        ({"format": 9}, "not of a saved model of format 1"),
+        ({"format": 9}, "not of a saved model of format 1 or 2"),
         ({"sizes": {**values["sizes"], "vocab_size": 5}}, "size mismatch"),
-        ({"mask_shape": [9, 9]}, "cannot be a packed mask"),
+        ({"mask_shapes": [[9, 9], [5, 5]]}, "cannot be a packed mask"),
+        ({"mask_shapes": [[5, 5]]}, "mask_shapes has 1 shapes, and there are 2 layers"),
+        ({"mask_shapes": [[5, 5], [25]]}, "is no shape of a mask"),
+        ({"mask_shapes": [[5, 5], [1, 5, 5]]}, "the mask of layer 1 is of 1 heads"),
+        ({"mask_shapes": None}, "there are masks"),
         ({"model": {**values["model"], "width": 3}}, "unknown key 'model.width'"),
     ):
         config.write_text(json.dumps({**values, **changed}))

@@ -307,13 +307,7 @@ def test_lists_and_nested_values_are_checked() -> None:
         build("listops", {}, ("optimizer.betas=[0.9, 1.5]",))
 
 
-def test_the_dense_phase_is_bounded_under_every_rule() -> None:
-    for rule, first in (("distance", 200), ("skewness", 200), ("fixed", 250)):
-        overrides = [f"transition.rule={rule}", "transition.check_every=200"]
-        if rule == "fixed":
-            overrides.append("transition.switch_step=900")
-        overrides.append("transition.max_dense_steps=250")
-        transition = build("listops", overrides=tuple(overrides)).transition
-        looked_at = [step for step in range(1, 300) if transition.is_check(step)]
-        assert looked_at[0] == first
-        assert next(step for step in looked_at if transition.is_forced(step)) == 250
+def test_the_fixed_rule_is_asked_at_the_step_that_it_names() -> None:
+    words = ("transition.rule=fixed", "transition.check_every=200", "transition.switch_step=900")
+    assert build("listops", overrides=words).transition.steps_between_checks == 900
+    assert build("listops", overrides=words[1:2]).transition.steps_between_checks == 200

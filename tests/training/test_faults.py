@@ -127,7 +127,7 @@ def test_faults_that_all_ranks_survive(tmp_path: Path) -> None:
         assert ending.startswith("TrainingError: step 6: the layouts of rank(s) 1 differ")
 
     for ending in map_stop:
-        assert ending.startswith("TrainingError: step 4: rank 0 could not make the patterns")
+        assert ending.startswith("TrainingError: step 4: rank 0 could not decide")
         assert "the map of layer 0 has NaN" in ending
     # Looking changes nothing, so a look that is left out does not either.
     assert map_skipped == ["finished"] * 2

@@ -12,7 +12,7 @@ from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.training.checkpoints.checkpoint import TrainingState, load_state
 from spion_ds.training.checkpoints.files import find_checkpoint
-from spion_ds.training.checkpoints.resuming import check_rule_memory
+from spion_ds.training.checkpoints.resuming import check_switch_state
 from spion_ds.training.config.map_memory import check_map_memory, token_map_bytes
 from spion_ds.training.config.recipe_files import read_recipe
 from spion_ds.training.config.run import RunConfig, build_run_config
@@ -51,8 +51,11 @@ def test_block_resolution_gives_the_masks_of_token_resolution_and_resumes(tmp_pa
     assert digest(runs / "stopped") == digest(runs / "two")
     assert rows(runs / "stopped", "validation") == rows(runs / "two", "validation")
     before = find_checkpoint(runs / "stopped" / "checkpoints" / "step-000005")
-    assert [tuple(a.shape) for a in load_state(before)[0].rule["before"]] == [(8, 8), (8, 8)]
-    assert [a.dtype for a in load_state(before)[0].rule["before"]] == [torch.float64] * 2
+    assert [tuple(a.shape) for a in load_state(before)[0].switch["rule"]["before"]] == [
+        (8, 8),
+        (8, 8),
+    ]
+    assert [a.dtype for a in load_state(before)[0].switch["rule"]["before"]] == [torch.float64] * 2
 
     events = EventAccumulator(str(runs / "one"), size_guidance={"images": 0})
     events.Reload()
@@ -82,17 +85,19 @@ def test_a_pattern_is_captured_at_65536_tokens(tmp_path: Path) -> None:
 
 
 def test_a_rule_goes_on_only_with_maps_of_its_own_resolution() -> None:
-    state = TrainingState(rule={"check": 1, "before": [torch.zeros(8, 8)], "distances": []})
+    state = TrainingState(
+        switch={"rule": {"check": 1, "before": [torch.zeros(8, 8)], "distances": []}}
+    )
     recipe = read_recipe(str(TINY))
     token, block = (
         build_run_config(recipe, {}, overrides, world_size=1, device_type="cpu")
         for overrides in ([], BLOCK)
     )
-    check_rule_memory(Path("here"), state, block)
+    check_switch_state(Path("here"), state, block)
     with pytest.raises(CheckpointError, match=r"resolution is token.*transition.resolution=block"):
-        check_rule_memory(Path("here"), state, token)
+        check_switch_state(Path("here"), state, token)
     # Once it has fired, and before the first check, there is nothing to go on with.
-    check_rule_memory(Path("here"), TrainingState(), token)
+    check_switch_state(Path("here"), TrainingState(switch={"rule": {}}), token)
 
 
 def test_large_token_level_maps_are_told_before_training() -> None:
@@ -113,3 +118,9 @@ def test_large_token_level_maps_are_told_before_training() -> None:
     assert "keeps queries and keys instead, though the rule may fire at another step" in sat
     with pytest.raises(ConfigError, match=r"294912\.0 GiB at a check, and the cpu has"):
         check_map_memory(config(2**21), ranks)
+
+
+def test_a_run_of_an_earlier_version_is_not_gone_on_with() -> None:
+    config = build_run_config(read_recipe(str(TINY)), {}, (), world_size=1, device_type="cpu")
+    with pytest.raises(CheckpointError, match="earlier version.*launch/evaluate.py"):
+        check_switch_state(Path("here"), TrainingState(), config)

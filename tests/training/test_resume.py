@@ -68,7 +68,7 @@ def test_a_checkpoint_says_where_the_run_stands(tmp_path: Path) -> None:
     state, run = load_state(find_checkpoint(tmp_path / "runs" / "dense"))
     assert (state.step, state.phase, state.masks) == (SWITCH - 1, "dense", None)
     assert state.samples_seen == (SWITCH - 1) * 8
-    assert state.rule["check"] == 2
+    assert state.switch["rule"]["check"] == 2
     assert (run["world_size"], run["zero_stage"]) == (1, 0)
 
     drive("python", 1, [{"resume": str(tmp_path / "runs" / "dense"), "stop_at": SWITCH}], tmp_path)

@@ -62,6 +62,40 @@ def test_pictures_show_what_is_there() -> None:
     assert picture[:, 0].min() > picture[:, 100:].max()
 
 
+def test_a_mask_a_head_is_a_picture_a_head() -> None:
+    masks = torch.zeros(5, 4, 4, dtype=torch.bool)
+    for head in range(5):
+        masks[head, head % 4, :] = True
+    picture = mask_picture(masks)
+    assert picture.dtype == np.uint8
+    # Three columns and two rows of 192 pixels, with 4 between them; the sixth place is empty.
+    assert picture.shape == (2 * 192 + 4, 3 * 192 + 2 * 4, 3)
+    for head in range(5):
+        top, left = 196 * (head // 3), 196 * (head % 3)
+        one = picture[top : top + 192, left : left + 192]
+        assert np.array_equal(one, mask_picture(masks[head])[::2, ::2])
+    assert (picture[196:, 2 * 196 :] == 255).all()
+
+
+def test_a_map_a_head_is_a_picture_a_head_with_its_own_lightest_entry() -> None:
+    maps = torch.zeros(2, 384, 384)
+    maps[0, :, :192], maps[1, :, 192:] = 1.0, 0.01
+    picture = map_picture(maps).astype(int).sum(axis=-1)
+    assert picture.shape == (192, 2 * 192 + 4)
+    lightest = picture[:, :96]
+    assert (lightest == lightest[0, 0]).all()
+    assert (picture[:, -96:] == lightest).all()
+    assert (picture[:, 96:192] < lightest[0, 0]).all()
+
+
+def test_masks_of_many_blocks_a_head_are_reduced() -> None:
+    masks = torch.zeros(2, 768, 768, dtype=torch.bool)
+    masks[:, :, ::2] = True
+    picture = mask_picture(masks)
+    assert picture.shape == (192, 2 * 192 + 4, 3)
+    assert (picture[:, :192] == picture[0, 0]).all()  # half of the blocks everywhere
+
+
 def test_summary_table_says_what_was_measured() -> None:
     row = {"steps": 5, "seconds_per_step": 0.5, "tokens_per_second": 100.0, "density": [1.0]}
     summary = {

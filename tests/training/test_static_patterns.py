@@ -78,11 +78,14 @@ def test_evaluate_says_what_training_said(trained: Path) -> None:
     out = launch([*command("python", 1), str(ROOT / "launch" / "evaluate.py"), str(run)], trained)
     assert "phase        sparse, step 6" in out.stdout
     assert f"test accuracy {summary(run)['test_accuracy']:.2%}" in out.stdout
+    assert "density      62.5% (62.5% to 62.5% over 2 heads), 62.5%" in out.stdout
 
 
 def test_a_checkpoint_of_another_layout_is_refused(trained: Path) -> None:
     folder = find_checkpoint(trained / "runs" / "bigbird")
     assert load_state(folder)[1]["identity"]["sparse_attention"]["mode"] == "bigbird"
     config = build(str(TINY), {}, tuple(overrides("bslongformer")))
-    with pytest.raises(CheckpointError, match="layer 0 was trained with another BSLongformer"):
+    with pytest.raises(
+        CheckpointError, match="layer 0 is another one than the layer's BSLongformer"
+    ):
         load_checkpoint_model(folder, config, discover_ranks().device)

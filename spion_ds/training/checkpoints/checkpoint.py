@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError
+from spion_ds.switching.masks import mask_bits, mask_from_bits
 from spion_ds.training.checkpoints.files import checkpoint_name, publish, write_manifest
 from spion_ds.training.config.deepspeed import zero_stage
 from spion_ds.training.config.run import RunConfig
 from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine, record_types
 
-FORMAT = 1
+# 1 had one shape for the masks of all layers, and a rule's memory in place of a driver's state.
+FORMAT, _READABLE = 2, (1, 2)
 _INCOMPLETE = ".incomplete"
 # What a resumed run must share with the run that saved: the rest may be overridden.
 IDENTITY = ("task", "data", "model", "sparse_attention")
@@ -49,7 +50,7 @@ class TrainingState:
         samples_seen: the data position: samples drawn from the shuffled order.
         seed: with ``step``, the state of all random draws (they are counter-based).
         switch_step: how many steps were dense; None in the dense phase.
-        masks: one (n, n) bool mask a layer, None in the dense phase.
+        masks: one bool mask a layer, (n, n) or (heads, n, n); None in the dense phase.
         switch: the state of the driver of the switch: the rule's memory, and masks; {} without one.
         best_step, best_accuracy: of the best evaluation of the present phase.
     """
@@ -127,16 +128,20 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         CheckpointError: the file is damaged or of another format.
     """
     values = _load(folder / "state.pt")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    if not isinstance(values, dict) or values.get("format") not in _READABLE:
         raise CheckpointError(
-            f"{folder / 'state.pt'} is not a spion_ds checkpoint of format {FORMAT}"
+            f"{folder / 'state.pt'} is not a spion_ds checkpoint of format "
+            f"{' or '.join(map(str, _READABLE))}"
         )
     try:
         packed = values.pop("masks")
+        if values["format"] == 1:  # its rule's memory is no driver's state
+            del values["state"]["rule"]
         state = TrainingState(**values["state"])
         if packed is not None:
-            shape = tuple(packed["shape"])
-            state.masks = [unpack_mask(bytes(bits.tolist()), shape) for bits in packed["bits"]]
+            if values["format"] == 1:
+                packed = [{"shape": packed["shape"], "bits": bits} for bits in packed["bits"]]
+            state.masks = [mask_from_bits(one["bits"], one["shape"]) for one in packed]
         return state, values["run"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -182,8 +187,7 @@ def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, An
     masks = plain.pop("masks")
     packed = None
     if masks is not None:
-        bits = [torch.frombuffer(bytearray(pack_mask(m)), dtype=torch.uint8) for m in masks]
-        packed = {"shape": list(masks[0].shape), "bits": bits}
+        packed = [{"shape": list(mask.shape), "bits": mask_bits(mask)} for mask in masks]
     run = {
         "identity": identity(config),
         "batch_size": config.batches.total,

@@ -79,8 +79,18 @@ def plan_resume(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ran
     )
 
 
-def check_rule_memory(folder: Path, state: TrainingState, config: RunConfig) -> None:
-    """Raise CheckpointError if the rule remembers maps of another resolution than it will get."""
+def check_switch_state(folder: Path, state: TrainingState, config: RunConfig) -> None:
+    """Raise CheckpointError if the driver of the switch cannot go on from what it remembers.
+
+    That is so where the rule remembers maps of another resolution than it will get, and where an
+    earlier version saved the run.
+    """
+    if config.switches and not state.switch:
+        raise CheckpointError(
+            f"the checkpoint {folder} was saved by an earlier version, whose state of the switch "
+            "this one cannot go on with; test or export it with launch/evaluate.py, or go on with "
+            "the version that saved it"
+        )
     before = state.switch.get("rule", {}).get("before")
     if not before:
         return

@@ -122,6 +122,6 @@ def load_checkpoint_model(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights of {folder} do not fit the model: {error}") from error
-    set_masks(model, state.masks)
+    set_masks(model, state.masks, config.data.sequence_length)
     dtype = next(iter(weights.values())).dtype
     return model.to(device=device, dtype=dtype).eval()
