@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spion_ds.distributed.process_group import TIMEOUT
-from spion_ds.errors import SpionError
+from spion_ds.errors import ConfigError, SpionError
 
 T = TypeVar("T")
 
@@ -19,12 +20,22 @@ class Agreement:
 
     Without a process group the process is alone, and agrees with itself. All ranks make it
     together: where the process group is not gloo's, it starts a group of its own.
+
+    Raises:
+        ConfigError: a launcher started several ranks, and there is no process group.
     """
 
     def __init__(self) -> None:
         self.rank, self.world_size = 0, 1
         self.group: dist.ProcessGroup | None = None
         if not dist.is_initialized():
+            ranks = os.environ.get("WORLD_SIZE", "1")
+            if ranks != "1":
+                raise ConfigError(
+                    f"WORLD_SIZE is {ranks}, and there is no process group, so the ranks cannot "
+                    "agree; start it before the first step, e.g. with "
+                    "torch.distributed.init_process_group()"
+                )
             return
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         gloo = dist.get_backend() == "gloo"

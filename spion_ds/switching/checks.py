@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from spion_ds.errors import ConfigError
+from spion_ds.sparsity import SwitchingSparsityConfig
 
 
 def check_numbers(**numbers: Any) -> None:
@@ -66,3 +69,29 @@ def compare_maps(layers: Sequence[str], told: Sequence[tuple[int, list[tuple[int
                     "their inputs have other lengths, or the ranks other heads. Build "
                     "SparseSelfAttention with max_seq_length=, or pad the inputs to one length"
                 )
+
+
+def check_patterns(
+    masks: Sequence[Tensor],
+    configs: Sequence[SwitchingSparsityConfig],
+    widths: Sequence[int],
+    *,
+    pooled: bool,
+) -> None:
+    """Raise ConfigError unless each mask is one that its layer can take.
+
+    Args:
+        masks: what was made.
+        configs: of the layers, which they are tried on.
+        widths: of the layers' maps, in blocks where they are ``pooled``, else in tokens.
+    """
+    if len(masks) != len(configs):
+        raise ConfigError(f"patterns returned {len(masks)} masks for {len(configs)} layers")
+    for number, (config, mask, width) in enumerate(zip(configs, masks, widths, strict=True)):
+        config.set_pattern(mask)
+        blocks = width if pooled else -(-width // config.block)
+        if mask.shape[-1] != blocks:
+            raise ConfigError(
+                f"patterns returned {tuple(mask.shape)} for layer {number}, whose maps have "
+                f"{blocks} × {blocks} blocks"
+            )

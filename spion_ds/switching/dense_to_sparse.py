@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,13 @@ from spion_ds.distributed.agreement import Agreement
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import TransitionReport, TransitionRule
 from spion_ds.sparsity import SwitchingSparsityConfig, find_patterns
-from spion_ds.switching.checks import check_numbers, check_rule, compare_maps, compare_ranks
+from spion_ds.switching.checks import (
+    check_numbers,
+    check_patterns,
+    check_rule,
+    compare_maps,
+    compare_ranks,
+)
 from spion_ds.switching.decision import share_masks
 from spion_ds.switching.events import Event, Look
 from spion_ds.switching.gathering import JobLayer, Part, gather_maps, gather_skewness, lay_out
@@ -262,13 +267,6 @@ class DenseToSparse:
     def _meet(self) -> Agreement:
         """Return the control channel, made at the first step, when the process group is there."""
         if self._agreement is None:
-            ranks = int(os.environ.get("WORLD_SIZE", "1"))
-            if ranks > 1 and not dist.is_initialized():
-                raise ConfigError(
-                    f"WORLD_SIZE is {ranks}, and there is no process group, so the ranks cannot "
-                    "agree; start it before the first step, e.g. with "
-                    "torch.distributed.init_process_group()"
-                )
             self._agreement = Agreement()
         return self._agreement
 
@@ -388,22 +386,10 @@ class DenseToSparse:
 
     def _make_patterns(self, sources: Sequence[Tensor], maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the masks of all layers of the job, each as its layer can take it."""
-        pooled = self._resolution == "block"
-        sizes = [
-            map_.shape[-1] if pooled else -(-map_.shape[-1] // layer.config.block)
-            for layer, map_ in zip(self._job, maps, strict=True)
-        ]
         configs = [copy.copy(layer.config) for layer in self._job]
         masks = [mask.cpu() for mask in self._patterns(configs, sources)]
-        if len(masks) != len(configs):
-            raise ConfigError(f"patterns returned {len(masks)} masks for {len(configs)} layers")
-        for number, (config, mask, blocks) in enumerate(zip(configs, masks, sizes, strict=True)):
-            config.set_pattern(mask)
-            if mask.shape[-1] != blocks:
-                raise ConfigError(
-                    f"patterns returned {tuple(mask.shape)} for layer {number}, whose maps have "
-                    f"{blocks} × {blocks} blocks"
-                )
+        pooled = self._resolution == "block"
+        check_patterns(masks, configs, [map_.shape[-1] for map_ in maps], pooled=pooled)
         return masks
 
     def _obey(self, masks: list[Tensor], observers: Sequence[MapObserver]) -> None:
