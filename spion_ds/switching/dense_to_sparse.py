@@ -258,7 +258,8 @@ class DenseToSparse:
             return Observation(self._layers, [Probe() for _ in self._layers])
         real = None
         if masks is not None:
-            real = count_real(masks, max(other[-1] for other in told), self._device)
+            device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+            real = count_real(masks, max(other[-1] for other in told), device)
         keeps = self._needs_skewness and self.switch_step is None
         return observe_maps(
             self._layers, self._resolution, real, self._averaging_group, keep_batches=keeps
@@ -293,11 +294,6 @@ class DenseToSparse:
         if not dist.is_initialized():
             return None
         return dist.group.WORLD if self._group is None else self._group
-
-    @property
-    def _device(self) -> torch.device:
-        parameter = next(self._model.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
 
     @property
     def _needs_skewness(self) -> bool:
