@@ -64,7 +64,7 @@ def block_sparse_attention(
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
             names what and what is allowed.
     """
-    _check_tensors(q, k, v, key_padding_mask)
+    check_tensors(q, k, v, key_padding_mask)
     _check_layout(layout, q, k, causal)
     zero_padded_queries = zero_padded_queries and key_padding_mask is not None
     if zero_padded_queries and q.shape[2] != k.shape[2]:
@@ -111,7 +111,7 @@ def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices, layout or backend do not fit.
     """
-    _check_tensors(q, k, k, None)
+    check_tensors(q, k, k, None)
     _check_layout(layout, q, k, causal=False)
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
@@ -160,7 +160,8 @@ def _implementation(backend: str) -> Callable[..., Tensor]:
     return block_sparse_attention_reference
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> None:
+    """Raise ConfigError unless the tensors fit each other, as in :func:`block_sparse_attention`."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ConfigError(
             "q is (batch, heads, L, head_dim) and k, v (batch, kv_heads, M, head_dim); "
@@ -182,7 +183,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | N
     if tuple(key_padding_mask.shape) != expected or key_padding_mask.dtype != torch.bool:
         raise ConfigError(
             f"key_padding_mask is bool {expected}, True = real token; got "
-            f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
+            f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}. A mask of 1 and 0 becomes "
+            "one by mask.bool(), an additive one (0 and large negative numbers) by mask == 0"
         )
     if key_padding_mask.device != q.device:
         raise ConfigError(f"key_padding_mask is on {key_padding_mask.device}, q on {q.device}")

@@ -1,4 +1,4 @@
-"""SparseSelfAttention: dense until it has a pattern, swapped in place, watched without a trace."""
+"""SparseSelfAttention: dense until it has a pattern, then block-sparse, swapped in place."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import (
-    AttentionMapAccumulator,
     BlockLayout,
     SparseSelfAttention,
-    attention_map,
     block_sparse_attention,
 )
 from spion_ds.errors import ConfigError
+from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.random_bits import sample_keys
-from spion_ds.sparsity import DenseSparsityConfig, SparsityConfig, SpionSparsityConfig
+from spion_ds.sparsity import (
+    DenseSparsityConfig,
+    SatAttentionConfig,
+    SparseAttentionConfig,
+    SparsityConfig,
+    SpionSparsityConfig,
+)
 
 from .cases import needs_gpu, relative_error
 
@@ -46,6 +50,7 @@ def pattern(seed: int = 0) -> Tensor:
 
 
 def sparse(tensors: list[Tensor], mask: Tensor, **options) -> Tensor:
+    options = {"pruned": "excluded", **options}
     return block_sparse_attention(*tensors, BlockLayout.from_mask(mask, BLOCK), **options)
 
 
@@ -62,15 +67,46 @@ def test_is_dense_attention_until_there_is_a_pattern(padded):
     assert not padded or not out[2].any()
 
 
-def test_a_prepared_layout_stays_in_memory_whatever_lengths_follow():
+@pytest.mark.parametrize("sparse_phase", [False, True])
+def test_a_prepared_layout_stays_in_memory_whatever_lengths_follow(sparse_phase):
     # A captured CUDA graph reads it at its address.
-    attention, cpu = module(dropout_p=0.1), torch.device("cpu")
+    attention, cpu = module(dropout_p=0.1, longer="local"), torch.device("cpu")
+    attention.set_mask(pattern() if sparse_phase else None)
     attention.prepare(LENGTH, cpu)
-    prepared = attention._full_layout(LENGTH, cpu)
-    key = torch.arange(3, dtype=torch.int32)
-    for length in (20, 40, 20):
-        attention(*drawn(length), None, key)
-    assert attention._full_layout(LENGTH, cpu) is prepared
+
+    def prepared() -> BlockLayout | None:
+        return attention.layout(LENGTH, cpu) or attention._full_layout(LENGTH, cpu)
+
+    first, key = prepared(), torch.arange(3, dtype=torch.int32)
+    for blocks in range(1, 30):
+        attention(*drawn(blocks * BLOCK), None, key)
+    assert prepared() is first
+
+
+def test_few_layouts_of_many_lengths_are_kept():
+    attention, cpu = module(longer="local"), torch.device("cpu")
+    attention.set_mask(pattern())
+    lengths = [blocks * BLOCK for blocks in range(2, 18)]
+    found = [attention.layout(length, cpu) for length in lengths]
+    # Sixteen, and lengths of as many blocks share one.
+    assert all(
+        attention.layout(length - 3, cpu) is one for length, one in zip(lengths, found, strict=True)
+    )
+    attention.layout(lengths[0], cpu)
+    attention.layout(20 * BLOCK, cpu)
+    assert attention.layout(lengths[0], cpu) is found[0]  # used last
+    assert attention.layout(lengths[1], cpu) is not found[1]
+
+
+def test_a_layout_found_in_inference_mode_trains():
+    attention, tensors = module(), drawn()
+    attention.set_mask(pattern())
+    with torch.inference_mode():
+        attention(*tensors)
+    loss = attention(*tensors).square().sum()
+    expected = torch.autograd.grad(sparse(tensors, pattern()).square().sum(), tensors)
+    for found, wanted in zip(torch.autograd.grad(loss, tensors), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dropout_key", [None, torch.arange(3, dtype=torch.int32)])
@@ -129,11 +165,35 @@ def test_a_pattern_that_keeps_everything_is_dense_attention():
     assert torch.equal(attention(*tensors), dense)
 
 
-def test_a_pattern_of_another_length_is_an_error_that_names_both():
+@pytest.mark.parametrize("length", [33, 41, 64])
+def test_a_shorter_input_uses_the_upper_left_part_of_the_pattern(length):
+    attention, tensors = module(), drawn(length)
+    attention.set_mask(pattern())
+    n = -(-length // BLOCK)
+    assert torch.equal(attention(*tensors), sparse(tensors, pattern()[:n, :n]))
+
+
+def test_a_longer_input_is_an_error_that_names_both_lengths():
     attention = module()
-    attention.sparsity_config.set_pattern(pattern())
-    with pytest.raises(ConfigError, match="found at 80 tokens and the input has 48"):
-        attention(*drawn(48))
+    attention.set_mask(pattern())
+    with pytest.raises(ConfigError, match="found at 80 tokens and the input has 96"):
+        attention(*drawn(96))
+
+
+def test_a_longer_input_goes_on_with_local_blocks_where_that_is_asked_for():
+    attention, tensors = module(longer="local"), drawn(128)
+    attention.set_mask(pattern())
+    mask = attention.layout(128, torch.device("cpu")).to_mask()
+    assert torch.equal(mask, attention.sparsity_config.make_mask(128, "local"))
+    assert torch.equal(mask[:5, :5], pattern())
+    assert torch.equal(mask[7].nonzero().flatten(), torch.tensor([0, 6, 7]))
+    assert torch.equal(attention(*tensors), sparse(tensors, mask))
+
+
+def test_what_the_module_does_not_know_is_refused_when_it_is_made():
+    for setting in ({"longer": "dense"}, {"pruned": "removed"}):
+        with pytest.raises(ConfigError, match=f"'{next(iter(setting.values()))}'"):
+            module(**setting)
 
 
 @pytest.mark.gpu
@@ -160,11 +220,38 @@ class OwnLayouts(SparsityConfig):
 def test_each_head_may_have_its_own_layout():
     tensors = drawn()
     config = OwnLayouts(HEADS, BLOCK, different_layout_per_head=True)
-    expected = sparse(tensors, config.make_layout(80), pruned="excluded")
-    found = SparseSelfAttention(config, pruned="excluded")(*tensors)
-    assert torch.equal(found, expected)
-    shared = SparseSelfAttention(OwnLayouts(HEADS, BLOCK), pruned="excluded")(*tensors)
-    assert torch.equal(shared, sparse(tensors, config.make_layout(80)[0], pruned="excluded"))
+    expected = sparse(tensors, config.make_layout(80))
+    assert torch.equal(SparseSelfAttention(config)(*tensors), expected)
+    shared = SparseSelfAttention(OwnLayouts(HEADS, BLOCK))(*tensors)
+    assert torch.equal(shared, sparse(tensors, config.make_layout(80)[0]))
+
+
+def test_a_switch_may_give_each_head_a_mask():
+    config = SpionSparsityConfig(HEADS, BLOCK, different_layout_per_head=True)
+    attention, tensors = SparseSelfAttention(config), drawn()
+    attention(*tensors)
+    masks = torch.stack([pattern(0), pattern(1)])
+    attention.set_mask(masks)
+    assert torch.equal(attention(*tensors), sparse(tensors, masks))
+    assert torch.equal(
+        attention(*(x[:, :, :40] for x in tensors)),
+        sparse([x[:, :, :40] for x in tensors], masks[:, :3, :3]),
+    )
+
+
+def test_a_pruned_key_is_absent_unless_something_else_is_asked_for():
+    assert SparseSelfAttention(SpionSparsityConfig(HEADS)).pruned == "excluded"
+    # What the papers publish is what their recipes say.
+    assert SparseAttentionConfig().pruned == SatAttentionConfig().pruned == "zero"
+    model = EncoderClassifier(ModelConfig(), SparseAttentionConfig(block=16), 17, 10, 64)
+    assert {attention.pruned for attention in model.attentions} == {"zero"}
+
+
+def test_a_static_layout_takes_no_mask():
+    attention = SparseSelfAttention(OwnLayouts(HEADS, BLOCK), max_seq_length=LENGTH)
+    assert attention.state_dict() == {}
+    with pytest.raises(ConfigError, match="OwnLayouts, whose layout is static"):
+        attention.set_mask(pattern())
 
 
 @pytest.mark.parametrize("config", [SpionSparsityConfig(2), DenseSparsityConfig(2)])
@@ -175,46 +262,6 @@ def test_there_is_nothing_in_the_state_dict(config):
     assert list(attention.parameters()) == []
     assert list(attention.buffers()) == []
     assert attention.state_dict() == {}
-
-
-@pytest.mark.parametrize("phase", ["dense", "sparse"])
-def test_an_observer_sees_one_pass_and_changes_nothing(phase):
-    attention, tensors = module(dropout_p=0.2), drawn()
-    if phase == "sparse":
-        attention.sparsity_config.set_pattern(pattern())
-    real = real_tokens()
-    results = []
-    for observer in (None, AttentionMapAccumulator()):
-        torch.manual_seed(1)
-        attention.observer = observer
-        out = attention(*tensors, real)
-        gradients = torch.autograd.grad(out.square().sum(), tensors)
-        results.append([out, *gradients, torch.get_rng_state()])
-        assert attention.observer is None
-    for without, observed in zip(*results, strict=True):
-        assert torch.equal(without, observed)
-    # The map of dense attention, in both phases.
-    expected = attention_map(*tensors[:2], key_padding_mask=real)
-    mean = observer.total / observer.count.clamp(min=1.0)[:, None]
-    assert torch.equal(mean, expected)
-    before = observer.total.clone()
-    attention(*tensors, real)
-    assert torch.equal(observer.total, before)
-
-
-@pytest.mark.parametrize("phase", ["dense", "sparse"])
-def test_a_recomputed_pass_is_the_same_and_is_not_seen_twice(phase):
-    attention, tensors = module(dropout_p=0.3), drawn()
-    if phase == "sparse":
-        attention.sparsity_config.set_pattern(pattern())
-    keys = sample_keys(0, 0, torch.arange(3), 1)[0]
-    expected = torch.autograd.grad(attention(*tensors, None, keys).square().sum(), tensors)
-    attention.observer = observer = AttentionMapAccumulator()
-    out = checkpoint(attention, *tensors, None, keys, use_reentrant=False)
-    found = torch.autograd.grad(out.square().sum(), tensors)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-    assert observer.count.unique().tolist() == [3 * HEADS]
 
 
 @pytest.mark.parametrize("phase", ["dense", "sparse"])
@@ -237,7 +284,7 @@ def test_dropout_with_keys_is_the_same_function_in_both_phases():
     everything = torch.ones(5, 5, dtype=torch.bool)
     options = {"key_padding_mask": real, "dropout_p": 0.3, "dropout_key": keys}
     dense = attention(*tensors, real, keys)
-    assert torch.equal(dense, sparse(tensors, everything, **options, pruned="excluded"))
+    assert torch.equal(dense, sparse(tensors, everything, **options))
     assert torch.equal(attention(*tensors, real, keys), dense)
     attention.sparsity_config.set_pattern(pattern())
     assert torch.equal(attention(*tensors, real, keys), sparse(tensors, pattern(), **options))

@@ -291,12 +291,12 @@ def test_two_documents_are_encoded_alike_and_compared(phase):
 
 
 def test_maps_are_of_both_documents():
-    made, (ids, real) = pair_model().eval(), pair_batch()
+    made, (ids, real) = pair_model(), pair_batch()
     seen = AttentionMapAccumulator()
     made.attentions[0].observer = seen
     made(ids, real)
     apart = AttentionMapAccumulator()
-    single = model().eval()
+    single = model()
     weights = {k: v for k, v in made.state_dict().items() if not k.startswith("classifier.0")}
     single.load_state_dict(weights, strict=False)
     for document in range(2):

@@ -27,10 +27,11 @@ class AcceleratedForward:
     Args:
         model: the module that trains, already on its device; its parameters stay as they are.
         compile: whether TorchInductor compiles it; it does so at the first step of each phase,
-            and as one graph if ``SparseSelfAttention.prepare`` of each layer came before. (With
-            the torch backend, that of no usual case, the graph breaks at each attention.)
+            and as one graph; with the Hopper kernels if ``SparseSelfAttention.prepare`` of each
+            layer came before. (With the torch backend, that of no usual case, the graph breaks at
+            each attention.)
         cuda_graph: whether each phase is captured at its first step, forward and backward, and
-            replayed from then on. Shapes must then stay the same.
+            replayed until there are other patterns. Shapes must then stay the same.
         observes: whether dense steps may come with observers. A graph then keeps queries and keys
             of all layers to the end of each dense step, and with learned positions the values too,
             which share their memory. With activation checkpointing that would be most of what a
@@ -68,7 +69,9 @@ class AcceleratedForward:
                 _Own(model), dynamic=False, backend=backend, options=options
             )
         self._forward = self._compiled
-        self._captured: str | None = None  # the phase that the graph is of
+        # The phase and the patterns that the graph is of: it reads the memory of their layouts.
+        self._captured: str | None = None
+        self._patterns: list[Tensor | None] = []
         self._seen: list[Seen] = []  # what attention sees in it
 
     @contextmanager
@@ -83,13 +86,18 @@ class AcceleratedForward:
             observers: one a layer, shown the attention of the call by the end of the context.
         """
         phase = "sparse" if sparse else "dense"
-        if self.cuda_graph and self._captured != phase:
+        if self.cuda_graph and self._must_capture(phase):
             self._capture(phase, inputs)
         plain = self._forward is None or (bool(observers) and not self._seen)
         if plain:
-            for attention, observer in zip(self.model.attentions, observers, strict=False):
+            watched = self.model.attentions[: len(observers)]
+            for attention, observer in zip(watched, observers, strict=True):
                 attention.observer = observer
-            yield
+            try:
+                yield
+            finally:
+                for attention in watched:
+                    attention.observer = None
             return
         # Past nn.Module's own attributes, which would make a submodule of it.
         vars(self.model)["forward"] = self._forward
@@ -123,6 +131,14 @@ class AcceleratedForward:
                 if parameter.requires_grad:
                     parameter.register_hook(torch.clone)
         self._forward, self._captured = module, phase
+        self._patterns = self._present_patterns()
+
+    def _must_capture(self, phase: str) -> bool:
+        pairs = zip(self._patterns, self._present_patterns(), strict=False)
+        return self._captured != phase or any(old is not new for old, new in pairs)
+
+    def _present_patterns(self) -> list[Tensor | None]:
+        return [getattr(a.sparsity_config, "pattern", None) for a in self.model.attentions]
 
 
 class _Own(nn.Module):

@@ -1,0 +1,90 @@
+"""The layouts that an attention derived from its pattern, for the lengths and devices in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from spion_ds.attention.layout import BlockLayout
+from spion_ds.errors import ConfigError
+
+# Layouts beyond those that are pinned.
+LIMIT = 16
+# Makes the layout for some tokens on a device; None for dense attention.
+Derive = Callable[[int, torch.device], BlockLayout | None]
+
+
+class Slots:
+    """Layouts as attributes: torch.compile guards on those alone that a graph reads."""
+
+
+def slot_name(blocks: int, device: torch.device) -> str:
+    """Return the attribute of a layout of ``blocks`` blocks a side on ``device``."""
+    return f"layout_{blocks}_{device.type}_{device.index}"
+
+
+class DerivedLayouts:
+    """Layouts by blocks a side and device: the last sixteen that were used, and the pinned ones.
+
+    Pinned are those that must outlive their last use in eager mode: a CUDA graph reads their
+    memory, or a compiled graph looks for them.
+
+    Args:
+        block: side of a block in tokens.
+
+    Attributes:
+        slots: a BlockLayout, or None for dense attention, under each :func:`slot_name`.
+    """
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.slots = Slots()
+        self._recent: list[str] = []  # not pinned, the last used at the end
+        self._pinned: dict[str, tuple[int, torch.device]] = {}
+
+    def get(
+        self,
+        length: int,
+        device: torch.device,
+        derive: Derive,
+        pin: bool = False,
+    ) -> BlockLayout | None:
+        """Return the layout for ``length`` tokens, derived by ``derive`` unless it is here."""
+        name, kept = slot_name(-(-length // self.block), device), vars(self.slots)
+        if name not in kept:
+            kept[name] = derive(length, device)
+        if name in self._pinned:
+            return kept[name]
+        if pin:
+            self._pinned[name] = (length, device)
+        if name in self._recent:
+            if not pin and self._recent[-1] == name:
+                return kept[name]
+            self._recent.remove(name)
+        if not pin:
+            self._recent.append(name)
+            if len(self._recent) > LIMIT:
+                del kept[self._recent.pop(0)]
+        return kept[name]
+
+    def replace(self, derive: Derive) -> None:
+        """Derive the pinned layouts again, and forget the others.
+
+        One that cannot be derived is left to its next use, which says why.
+        """
+        kept = vars(self.slots)
+        for name in self._recent:
+            del kept[name]
+        self._recent.clear()
+        for name, (length, device) in self._pinned.items():
+            kept.pop(name, None)
+            try:
+                kept[name] = derive(length, device)
+            except ConfigError:
+                continue
+
+    def pinned(self) -> Iterable[tuple[str, BlockLayout | None]]:
+        """Return the pinned layouts by their names."""
+        kept = vars(self.slots)
+        return [(name, kept[name]) for name in self._pinned if name in kept]
