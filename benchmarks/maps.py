@@ -319,6 +319,7 @@ def switch(device: torch.device, variant: str, rounds: int) -> str:
         )
         for number in (1, 2):  # at the second the rule has maps to compare with
             with switch.step(number) as look:
+                look.by_hand()
                 for layer in range(LAYERS):
                     look.add(layer, q, q)
                 synchronize(device)

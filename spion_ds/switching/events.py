@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from spion_ds.attention.observing import Observer
 from spion_ds.patterns import TransitionReport
 from spion_ds.switching.observation import SAMPLES, Observation
 
@@ -62,6 +64,21 @@ class Look:
         """Report that this rank's optimizer did not take the step (a NaN, loss scaling)."""
         self.was_skipped = True
 
+    @property
+    def observers(self) -> Sequence[Observer]:
+        """Who is shown the passes, one a layer; () where nothing is looked at."""
+        return tuple(self._observation.observers)
+
+    def by_hand(self) -> None:
+        """Say that the loop shows this step's passes itself, with :meth:`add` or to ``observers``.
+
+        No layer shows anything of its own accord: for steps that run no Python, such as those
+        that a CUDA graph replays.
+        """
+        self._observation.disarm()
+        if not self.checking:  # nothing to prove that passes can be seen
+            self._observation.observers.clear()
+
     def paused(self) -> AbstractContextManager[None]:
         """Return a context whose passes are not looked at, such as those of another loss."""
         return self._observation.paused() if self._observation.observers else nullcontext()
@@ -75,7 +92,7 @@ class Look:
         causal: bool = False,
         scale: float | None = None,
     ) -> None:
-        """Show a layer's queries and keys by hand: those of a pass that runs no Python.
+        """Show a layer's queries and keys, after :meth:`by_hand`.
 
         Args:
             layer: which of :attr:`DenseToSparse.layers`.

@@ -208,8 +208,9 @@ class Observation:
                 return (
                     f"{layer.name} saw no attention in step {step}: it was not called in training "
                     "mode inside 'with switch.step(...)', or a CUDA graph replayed it, in which "
-                    "no Python runs. Call the model there, or show the queries and keys that the "
-                    "graph wrote with look.add(layer, query, key, key_padding_mask)"
+                    "no Python runs. Call the model there, or say look.by_hand() and show the "
+                    "queries and keys that the graph wrote with look.add(layer, query, key, "
+                    "key_padding_mask)"
                 )
             if isinstance(observer, MapObserver) and observer.surprised:
                 return (

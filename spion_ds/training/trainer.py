@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -211,11 +211,10 @@ class Trainer:
         config, state = self.config, self.state
         batch, keys = self._read(micro_step)
         inputs = (batch.input_ids, batch.padding_mask, keys.dropout)
-        with self.accelerated.step(state.phase == "sparse", inputs):
+        observers = () if look is None else look.observers
+        with self.accelerated.step(state.phase == "sparse", inputs, observers):
             logits = self.engine(*inputs).float()
-        # The task's own pass is looked at; one that guesses tokens is not.
-        with nullcontext() if look is None else look.paused():
-            loss = self.losses.of(batch, keys, logits, state.step)
+        loss = self.losses.of(batch, keys, logits, state.step)
         self.engine.backward(loss)
         self.reader.read_ahead(state.step, micro_step)
         self.guard.add_loss(loss)
@@ -233,6 +232,7 @@ class Trainer:
         hold = self.config.transition.holds(self.state.best_accuracy, self.majority)
         try:
             with self.switch.step(number, padding_masks=masks, hold=hold) as look:
+                look.by_hand()  # a replayed step runs no Python; a pass that guesses is not looked at
                 yield look
         except CoordinationError as error:
             if not isinstance(error, PatternError) or self.config.training.on_nonfinite != "skip":

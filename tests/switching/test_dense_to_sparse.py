@@ -435,6 +435,8 @@ def test_what_a_graph_computed_can_be_shown_by_hand() -> None:
     called = look_at(DenseToSparse(model, OwnRule(), check_every=1), model, 1, [(x, mask)])
     switch = DenseToSparse(model, OwnRule(), check_every=1)
     with switch.step(1) as look:
+        look.by_hand()
+        model(x.flip(0), mask.flip(0))
         for layer, (q, k) in enumerate(shown):
             look.add(layer, q, k, mask)
     assert called is not None

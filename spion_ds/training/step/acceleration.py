@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spion_ds.attention import AttentionMapAccumulator, PooledMapAccumulator
+from spion_ds.attention.observing import Observer
 from spion_ds.errors import ConfigError
 from spion_ds.models import EncoderClassifier
 from spion_ds.models.encoder import Seen
 
-Observer = AttentionMapAccumulator | PooledMapAccumulator
 Forward = Callable[..., Tensor]
 
 
