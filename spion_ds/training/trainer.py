@@ -232,7 +232,7 @@ class Trainer:
         hold = self.config.transition.holds(self.state.best_accuracy, self.majority)
         try:
             with self.switch.step(number, padding_masks=masks, hold=hold) as look:
-                look.by_hand()  # a replayed step runs no Python; a pass that guesses is not looked at
+                look.by_hand()  # the accelerated pass shows itself; others are not looked at
                 yield look
         except CoordinationError as error:
             if not isinstance(error, PatternError) or self.config.training.on_nonfinite != "skip":

@@ -122,5 +122,5 @@ def test_large_token_level_maps_are_told_before_training() -> None:
 
 def test_a_run_of_an_earlier_version_is_not_gone_on_with() -> None:
     config = build_run_config(read_recipe(str(TINY)), {}, (), world_size=1, device_type="cpu")
-    with pytest.raises(CheckpointError, match="earlier version.*launch/evaluate.py"):
+    with pytest.raises(CheckpointError, match=r"earlier version.*launch/evaluate\.py"):
         check_switch_state(Path("here"), TrainingState(), config)
