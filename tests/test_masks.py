@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
-from spion_ds.errors import CheckpointError, ConfigError
+from spion_ds.errors import ConfigError
 from spion_ds.masks import LayerMask, load_masks, read_masks, save_masks
 from spion_ds.sparsity import (
     BigBirdSparsityConfig,
@@ -26,96 +25,20 @@ from spion_ds.sparsity import (
     SpionSparsityConfig,
 )
 from spion_ds.switching.mask_files import layers_digest, write_masks
-from spion_ds.switching.masks import find_attentions, get_mask, set_mask
+from spion_ds.switching.masks import get_mask, set_mask
+from tests.own_model import (
+    LENGTH,
+    Own,
+    OwnConfig,
+    assert_same,
+    masks_of,
+    outputs,
+    random_mask,
+    refuses,
+    sparse_model,
+)
 
 safetensors = pytest.importorskip("safetensors")
-
-LENGTH, DIM = 64, 16
-
-
-class OwnConfig(SparsityConfig):
-    """A switchable configuration of a user's: it takes any mask of its layer, but ``refused``."""
-
-    pattern: Tensor | None = None
-    refused: Tensor | None = None
-
-    def set_pattern(self, pattern: Tensor | None) -> None:
-        if self.refused is not None and pattern is not None and pattern.equal(self.refused):
-            raise ConfigError("pattern is refused")
-        self.pattern = None if pattern is None else pattern.clone()
-
-    def make_mask(self, seq_len: int, longer: str = "error") -> Tensor:
-        n = -(-seq_len // self.block)
-        return torch.ones(n, n, dtype=torch.bool) if self.pattern is None else self.pattern
-
-
-class Layer(nn.Module):
-    """Attention between two linear maps, (B, L, DIM) to (B, L, DIM)."""
-
-    def __init__(self, config: SparsityConfig) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(DIM, 3 * DIM)
-        self.attend = SparseSelfAttention(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.attend.sparsity_config.num_heads
-        split = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        return x + self.attend(*split).transpose(1, 2).flatten(2)
-
-
-class Own(nn.Module):
-    """A model of one's own: layers of other blocks and heads, shared, per head and dense."""
-
-    def __init__(self, **configs: SparsityConfig) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        configs = {
-            "shared": SpionSparsityConfig(2, 16),
-            "per_head": OwnConfig(4, 32, True),
-            "dense": SpionSparsityConfig(4, 16),
-            **configs,
-        }
-        self.encoder = nn.ModuleDict({name: Layer(one) for name, one in configs.items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.encoder.values():
-            x = layer(x)
-        return x
-
-    def attention(self, name: str) -> SparseSelfAttention:
-        return self.encoder[name].attend
-
-
-def random_mask(*shape: int, seed: int = 1) -> Tensor:
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5
-    return mask | torch.eye(shape[-1], dtype=torch.bool)
-
-
-def sparse_model(**configs: SparsityConfig) -> Own:
-    model = Own(**configs)
-    set_mask(model.attention("shared"), random_mask(4, 4))
-    set_mask(model.attention("per_head"), random_mask(4, 2, 2))
-    return model
-
-
-def masks_of(model: nn.Module) -> dict[str, Tensor | None]:
-    return {
-        name: None if (mask := get_mask(attention, LENGTH)) is None else mask.clone()
-        for name, attention in find_attentions(model).items()
-    }
-
-
-def assert_same(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]) -> None:
-    assert list(ours) == list(theirs)
-    for name, mask in theirs.items():
-        other = ours[name]
-        assert (other is None) == (mask is None), name
-        assert other is None or (other.dtype == torch.bool and torch.equal(other, mask)), name
-
-
-@torch.no_grad()
-def outputs(model: nn.Module) -> Tensor:
-    return model(torch.randn(2, LENGTH, DIM, generator=torch.Generator().manual_seed(7)))
 
 
 @pytest.fixture
@@ -321,20 +244,12 @@ def test_the_digest_tells_masks_apart(what: str) -> None:
 # What does not fit is refused, and changes nothing.
 
 
-def refuses(model: nn.Module, path: Path, message: str) -> None:
-    before = masks_of(model)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_masks(model, path)
-    assert "\n" not in str(caught.value)
-    assert_same(masks_of(model), before)
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (SpionSparsityConfig(2, 32), "is of blocks of 16 tokens, and the layer's are of 32"),
         (SpionSparsityConfig(4, 16), "is of a layer of 2 heads, and the layer has 4"),
-        (OwnConfig(2, 16, True), "is shared by the heads, and the layer's OwnConfig has one a"),
+        (OwnConfig(2, 16), "is shared by the heads, and the layer's OwnConfig has one a"),
         (DenseSparsityConfig(2, 16), "is another one than the layer's DenseSparsityConfig makes"),
     ],
     ids=["block", "heads", "one a head", "static"],
@@ -390,7 +305,7 @@ def test_a_name_that_the_model_has_not_is_named_with_those_like_it(tmp_path: Pat
 
 
 def test_a_layer_that_refuses_its_mask_leaves_all_as_they_were(file: Path) -> None:
-    own = OwnConfig(4, 32, True)
+    own = OwnConfig(4, 32)
     own.refused = random_mask(4, 2, 2)
     model = Own(per_head=own)
     set_mask(model.attention("shared"), random_mask(4, 4, seed=5))
@@ -412,132 +327,6 @@ def test_a_model_without_sparse_attention_is_an_error(file: Path) -> None:
     for call in (save_masks, load_masks):
         with pytest.raises(ConfigError, match="the Linear has no SparseSelfAttention"):
             call(nn.Linear(2, 2), file)
-
-
-# A damaged file, and files of another kind.
-
-
-def rewrite(path: Path, change: Callable[[dict[str, str], dict[str, Tensor]], None]) -> None:
-    """Change the metadata and tensors of a masks file, and leave it a whole safetensors file."""
-    from safetensors.torch import save_file
-
-    with safetensors.safe_open(path, framework="pt") as file:
-        names = file.keys()
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in names}
-    change(metadata, tensors)
-    save_file(tensors, path, metadata)
-
-
-def changed_entry(**values: Any) -> Callable[[dict[str, str], dict[str, Tensor]], None]:
-    def change(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-        layers = json.loads(metadata["layers"])
-        layers["encoder.shared.attend"].update(values)
-        metadata["layers"] = json.dumps(layers)
-
-    return change
-
-
-def flip_a_bit(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["encoder.shared.attend"][1] ^= 1
-
-
-def drop_a_tensor(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    del tensors["encoder.shared.attend"]
-
-
-def add_a_tensor(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["other"] = torch.zeros(2, dtype=torch.uint8)
-
-
-def make_floats(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    tensors["encoder.shared.attend"] = tensors["encoder.shared.attend"].float()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (flip_a_bit, "its masks do not have its digest"),
-        (changed_entry(block=32), "its masks do not have its digest"),
-        (changed_entry(heads=4), "its masks do not have its digest"),
-        (changed_entry(shape=[2, 8]), "is no shape of a mask"),
-        (changed_entry(shape=[3, 3]), "do not have its digest"),  # as many bytes
-        (changed_entry(shape=[5, 5]), "2 bytes cannot be a packed mask of shape"),
-        (changed_entry(shape=[2**32, 2**32]), "2 bytes cannot be a packed mask of shape"),
-        (changed_entry(shape=[3, 2, 2]), "has masks of 3 heads, and 2 heads"),
-        (changed_entry(shape="(4, 4)"), "is no shape of a mask"),
-        (changed_entry(shape=None), "tensors without a layer"),
-        (changed_entry(block="16"), "has block '16'"),
-        (drop_a_tensor, "is damaged"),
-        (add_a_tensor, "tensors without a layer"),
-        (make_floats, r"are no \(bytes,\) uint8 tensor"),
-        (lambda metadata, _: metadata.pop("digest"), "is damaged"),
-        (lambda metadata, _: metadata.update(layers="[1]"), "is damaged"),
-        (lambda metadata, _: metadata.update(layers="{"), "is damaged"),
-        (lambda metadata, _: metadata.update(version="2"), "version 2, and this spion_ds reads"),
-        (lambda metadata, _: metadata.update(format="pt"), "is a safetensors file without masks"),
-    ],
-)
-def test_a_changed_file_is_refused(change: Any, message: str, file: Path) -> None:
-    rewrite(file, change)
-    refuses(sparse_model(), file, message)
-
-
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
-def test_a_file_that_was_cut_off_is_refused(kept: int, file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:kept])
-    refuses(sparse_model(), file, "is damaged, or no masks file")
-
-
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    refuses(sparse_model(), tmp_path / "none", "there is no masks file")
-    refuses(sparse_model(), tmp_path, "is no file")
-
-
-# Nothing is overwritten silently, and nothing is half there.
-
-
-def test_a_masks_file_is_replaced(file: Path) -> None:
-    save_masks(Own(), file)
-    assert {one.mask for one in read_masks(file).values()} == {None}
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-
-
-def test_another_kind_of_file_is_not_overwritten(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    for name in ("model.safetensors", "notes.txt", "folder"):
-        path = tmp_path / name
-        before = path.read_bytes() if path.is_file() else None
-        with pytest.raises(ConfigError, match=f"{name} exists and is no masks file"):
-            save_masks(sparse_model(), path)
-        assert before is None or path.read_bytes() == before
-
-
-def test_a_write_that_fails_leaves_the_file_as_it_was(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    before = file.read_bytes()
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        save_masks(Own(), file)
-    assert file.read_bytes() == before
-    assert list(file.parent.iterdir()) == [file]
-
-
-def test_folders_of_the_path_are_made(tmp_path: Path) -> None:
-    save_masks(sparse_model(), tmp_path / "a" / "b" / "masks")
-    load_masks(Own(), tmp_path / "a" / "b" / "masks")
-
-
-def test_a_path_below_a_file_is_an_error(file: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
-        save_masks(sparse_model(), file / "masks")
 
 
 def test_who_loads_masks_imports_no_trainer() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.errors import CheckpointError, ConfigError
-from spion_ds.sparsity import DenseSparsityConfig
+from spion_ds.sparsity import DenseSparsityConfig, SwitchingSparsityConfig
 
 
 def find_attentions(model: nn.Module) -> dict[str, SparseSelfAttention]:
@@ -27,7 +27,7 @@ def find_attentions(model: nn.Module) -> dict[str, SparseSelfAttention]:
 
 def is_switchable(attention: SparseSelfAttention) -> bool:
     """Return whether the layer's mask can be set; others are what their configuration says."""
-    return hasattr(attention.sparsity_config, "set_pattern")
+    return isinstance(attention.sparsity_config, SwitchingSparsityConfig)
 
 
 def set_mask(attention: SparseSelfAttention, mask: Tensor | None) -> None:
@@ -36,11 +36,13 @@ def set_mask(attention: SparseSelfAttention, mask: Tensor | None) -> None:
     Raises:
         ConfigError: the mask is none of this layer's.
     """
-    own: Any = getattr(attention, "set_mask", None)
+    sparsity, own = attention.sparsity_config, getattr(attention, "set_mask", None)
     if own is not None:
         own(mask)
+    elif isinstance(sparsity, SwitchingSparsityConfig):
+        sparsity.set_pattern(mask)
     else:
-        attention.sparsity_config.set_pattern(mask)  # type: ignore[attr-defined]
+        raise ConfigError(f"the layout of a {type(sparsity).__name__} is static; no mask is set")
 
 
 def get_mask(attention: SparseSelfAttention, length: int | None = None) -> Tensor | None:
@@ -52,13 +54,14 @@ def get_mask(attention: SparseSelfAttention, length: int | None = None) -> Tenso
 
     Raises:
         ConfigError: the pattern is static, and ``length`` is not known.
+        CheckpointError: the layer has a buffer for its mask, and that is damaged.
     """
     sparsity = attention.sparsity_config
-    if is_switchable(attention):
-        refresh: Any = getattr(attention, "refresh", None)
+    if isinstance(sparsity, SwitchingSparsityConfig):
+        refresh = getattr(attention, "refresh", None)
         if refresh is not None:  # a loaded mask buffer is news to the configuration
             refresh()
-        return sparsity.pattern  # type: ignore[attr-defined]
+        return sparsity.pattern
     if isinstance(sparsity, DenseSparsityConfig):
         return None
     length = length or getattr(attention, "max_seq_length", None)
