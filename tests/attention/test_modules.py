@@ -129,11 +129,11 @@ def test_a_pattern_that_keeps_everything_is_dense_attention():
     assert torch.equal(attention(*tensors), dense)
 
 
-def test_a_pattern_of_another_length_is_an_error_that_names_both():
+def test_an_input_longer_than_the_pattern_is_an_error_that_names_both():
     attention = module()
     attention.sparsity_config.set_pattern(pattern())
-    with pytest.raises(ConfigError, match="found at 80 tokens and the input has 48"):
-        attention(*drawn(48))
+    with pytest.raises(ConfigError, match="found at 80 tokens and the input has 96"):
+        attention(*drawn(96))
 
 
 @pytest.mark.gpu
