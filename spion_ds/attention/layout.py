@@ -132,6 +132,51 @@ class BlockLayout:
         mask.view(-1, self.num_cols)[flat_row, self.col_idx.long()] = True
         return mask[0] if self.heads == 1 else mask
 
+    @torch.compiler.disable
+    def crop(self, rows: int | slice, columns: int | slice) -> BlockLayout:
+        """Return the layout of some consecutive rows and columns, the same for all heads.
+
+        Args:
+            rows: how many query blocks from the first on, or a slice of them.
+            columns: the same of the key blocks.
+
+        Raises:
+            ConfigError: nothing would be left, or the layout has fewer rows or columns.
+        """
+        of_rows = _consecutive("rows", rows, self.num_rows)
+        of_columns = _consecutive("columns", columns, self.num_cols)
+        if (of_rows, of_columns) == (slice(0, self.num_rows), slice(0, self.num_cols)):
+            return self
+        return BlockLayout.from_mask(self.to_mask()[..., of_rows, of_columns], self.block)
+
+    @torch.compiler.disable
+    def heads_of(self, rank: int, size: int) -> BlockLayout:
+        """Return the layouts of one of ``size`` equal parts of the heads, in their order.
+
+        A layout that all heads share serves every part, and is returned as it is.
+
+        Args:
+            rank: which part, from 0.
+            size: how many parts there are, e.g. of a tensor-parallel or Ulysses group.
+
+        Raises:
+            ConfigError: ``size`` does not divide the heads, or ``rank`` is not below ``size``.
+        """
+        for name, value, least in (("size", size, 1), ("rank", rank, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; allowed: a whole number from {least} up")
+        if rank >= size:
+            raise ConfigError(f"rank is {rank}; allowed: 0 to {size - 1}, below size")
+        if self.heads == 1 or size == 1:
+            return self
+        if self.heads % size:
+            raise ConfigError(
+                f"size is {size}, and the layout has {self.heads} heads; allowed: a number that "
+                "divides them"
+            )
+        each = self.heads // size
+        return BlockLayout.from_mask(self.to_mask()[rank * each : (rank + 1) * each], self.block)
+
     def pack(self) -> bytes:
         """Return the kept blocks as bits, (head, row, column) order, 8 blocks a byte."""
         return pack_mask(self.to_mask())
@@ -158,6 +203,23 @@ def unpack_mask(bits: bytes, shape: tuple[int, ...]) -> Tensor:
         raise ConfigError(f"{len(bits)} bytes cannot be a packed mask of shape {shape}")
     flat = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=count)
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
+
+
+def _consecutive(name: str, wanted: int | slice, count: int) -> slice:
+    """Return the slice of ``count`` blocks that ``wanted`` means, or raise ConfigError."""
+    if isinstance(wanted, slice):
+        start = 0 if wanted.start is None else wanted.start
+        stop = count if wanted.stop is None else wanted.stop
+        step = 1 if wanted.step is None else wanted.step
+    else:
+        start, stop, step = 0, wanted, 1
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (start, stop, step))
+    if not whole or step != 1 or not 0 <= start < stop <= count:
+        raise ConfigError(
+            f"{name} is {wanted!r}; the layout has {count}; allowed: a number of blocks from 1 to "
+            f"{count}, or slice(start, stop) with 0 ≤ start < stop ≤ {count}"
+        )
+    return slice(start, stop)
 
 
 def _divide_columns(lengths: Tensor, num_rows: int, block: int) -> tuple[Tensor, Tensor]:

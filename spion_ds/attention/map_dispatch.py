@@ -13,21 +13,29 @@ from spion_ds.patterns.pooling import group_sizes
 
 
 def pooled_map(request: MapRequest) -> Tensor:
-    """Return the pooled map of one batch, (n, n) float64; means over the entries of each block."""
+    """Return the pooled map of one batch, float64; means over the entries of each block.
+
+    (n, n), or (heads, n, n) of a request for a map a head.
+    """
     sizes = group_sizes(request.length, request.block, request.q.device)
     return block_sums(request) / (sizes[:, None] * sizes)
 
 
 def block_sums(request: MapRequest) -> Tensor:
-    """Return the block sums of the convolved map, (n, n) float64, by the fastest way there is."""
+    """Return the block sums of the convolved map, by the fastest way there is.
+
+    (n, n) float64, or (heads, n, n) of a request for a map a head.
+    """
     if request.q.is_cuda and HAS_TRITON:
         from spion_ds.attention.triton import maps as triton_maps
 
         if triton_maps.unsupported(request) is None:
             return triton_maps.block_sums_triton(request)
-    if request.q.device.type == "cpu" and cpu_maps.unsupported(request) is None:
-        return cpu_maps.block_sums_cpu(request)
-    return block_sums_torch(request)
+    on_cpu = request.q.device.type == "cpu" and cpu_maps.unsupported(request) is None
+    sums_of = cpu_maps.block_sums_cpu if on_cpu else block_sums_torch
+    if request.per_head:
+        return torch.stack([sums_of(head) for head in request.of_heads()])
+    return sums_of(request)
 
 
 def skewness(request: MapRequest) -> Tensor:

@@ -5,9 +5,11 @@ Shape suffixes: B batch, H heads, L tokens, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spion_ds.errors import ConfigError
@@ -26,6 +28,8 @@ class MapRequest(NamedTuple):
         scale: factor of the scores.
         block: side of a block; 1 gives the token-level map.
         filter_size: side of the diagonal convolution, odd; 1 is none.
+        per_head: a map for each query head, whose row i is ``row_weights`` times the sum over the
+            samples alone.
     """
 
     q: Tensor
@@ -36,11 +40,19 @@ class MapRequest(NamedTuple):
     scale: float
     block: int = 1
     filter_size: int = 1
+    per_head: bool = False
 
     @property
     def length(self) -> int:
         """L."""
         return self.q.shape[2]
+
+    def of_heads(self) -> Iterator[MapRequest]:
+        """Yield the request for the map of each query head alone, with the key head it shares."""
+        groups = self.q.shape[1] // self.k.shape[1]
+        for head in range(self.q.shape[1]):
+            key_head = head // groups
+            yield self._replace(q=self.q[:, head : head + 1], k=self.k[:, key_head : key_head + 1])
 
 
 def row_counts(key_padding_mask: Tensor, heads: int) -> Tensor:
@@ -75,6 +87,28 @@ def check_tensors(q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> None
             f"key_padding_mask is bool {(q.shape[0], q.shape[2])}; got "
             f"{tuple(key_padding_mask.shape)}"
         )
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise ConfigError(
+            f"key_padding_mask is {key_padding_mask.dtype}; allowed: bool, True = real token (for "
+            "a mask of 1 and 0 pass mask.bool())"
+        )
+
+
+def pad_to(
+    q: Tensor, k: Tensor, key_padding_mask: Tensor | None, length: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return queries, keys and mask as of ``length`` tokens, at least as many as they have.
+
+    The tokens behind the last are padding: their mask is False.
+    """
+    missing = length - q.shape[2]
+    if missing == 0:
+        return q, k, key_padding_mask
+    real = key_padding_mask
+    if real is None:
+        real = q.new_ones((q.shape[0], q.shape[2]), dtype=torch.bool)
+    q, k = (F.pad(x, (0, 0, 0, missing)) for x in (q, k))
+    return q, k, F.pad(real, (0, missing), value=False)
 
 
 def map_request(

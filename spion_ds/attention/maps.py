@@ -30,12 +30,16 @@ def attention_map(
     key_padding_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    per_head: bool = False,
 ) -> Tensor:
     """Return the post-softmax attention averaged over batch and heads, without gradient.
 
     Row i is the mean over the heads and over the samples whose token i is real; a row that is
     padding in every sample is zero. Nothing of size batch × heads × L × L is made; with ``block``
     the map is pooled tile by tile, in memory for some tiles and (n, n) sums.
+
+    With ``per_head`` each query head h has its own map, the mean over the samples alone: what its
+    queries and its key head, h · kv_heads // heads, give without the others.
 
     Args:
         q: (batch, heads, L, head_dim).
@@ -45,19 +49,23 @@ def attention_map(
         key_padding_mask: (batch, L) bool, True = real token.
         causal: keys after the query are excluded.
         scale: factor of the scores; head_dim ** -0.5 if None.
+        per_head: one map a query head instead of their mean.
 
     Returns:
         (L, L) float64 for ``block=None``, else the pooled map (n, n) float64, n = ceil(L / block)
-        (SPION, arXiv 2309.12578, section on pattern generation).
+        (SPION, arXiv 2309.12578, section on pattern generation); with ``per_head`` (heads, L, L)
+        or (heads, n, n).
 
     Raises:
         ConfigError: shapes do not fit, or ``filter_size`` is given without ``block``.
     """
     _check(q, k, key_padding_mask, block, filter_size)
     with torch.no_grad():
-        weights = mean_row_weights(query_counts(q, key_padding_mask))
+        weights = mean_row_weights(query_counts(q[:, :1] if per_head else q, key_padding_mask))
         request = map_request(q, k, weights, key_padding_mask, causal, scale)
-        return pooled_map(request._replace(block=block or 1, filter_size=filter_size or 1))
+        return pooled_map(
+            request._replace(block=block or 1, filter_size=filter_size or 1, per_head=per_head)
+        )
 
 
 def attention_skewness(

@@ -14,7 +14,7 @@ from spion_ds.sparsity.longformer import BSLongformerSparsityConfig
 from spion_ds.sparsity.modes import SatAttentionConfig
 from spion_ds.sparsity.sat import SatSparsityConfig
 from spion_ds.sparsity.spion import SpionSparsityConfig
-from spion_ds.sparsity.switching import SwitchingSparsityConfig
+from spion_ds.sparsity.switching import SwitchingSparsityConfig, find_patterns
 from spion_ds.sparsity.variable import VariableSparsityConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "SpionSparsityConfig",
     "SwitchingSparsityConfig",
     "VariableSparsityConfig",
+    "find_patterns",
     "read_sparse_attention",
     "take_sparse_attention_block",
 ]

@@ -21,7 +21,7 @@ from spion_ds.sparsity.modes import (
     StaticAttentionConfig,
     VariableAttentionConfig,
     check_block,
-    check_found_in_training,
+    check_pruned,
 )
 from spion_ds.sparsity.spion import VARIANTS, SpionSparsityConfig
 
@@ -33,7 +33,8 @@ class SparseAttentionConfig:
     Attributes:
         mode: ``"spion"``.
         block: side of a block in tokens: 16, 32, 64 or 128.
-        different_layout_per_head: False; SPION's pattern is shared by a layer's heads.
+        different_layout_per_head: one pattern a head, from its own map; as published, the heads
+            of a layer share the pattern of their mean map.
         variant: ``"cf"``, ``"f"`` or ``"c"``.
         alpha: quantile above which flood fill marks a block (cf, f).
         density: share of blocks kept by top-k (c).
@@ -87,13 +88,14 @@ class SparseAttentionConfig:
             self.filter_size,
             "odd, from 1 up, e.g. 31",
         )
-        check_found_in_training(self.pruned, self.different_layout_per_head)
+        check_pruned(self.pruned)
 
     def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
         """Return a new SparsityConfig for one layer."""
         return SpionSparsityConfig(
             num_heads,
             self.block,
+            self.different_layout_per_head,
             variant=self.variant,
             alpha=self.alpha,
             density=self.density,

@@ -32,16 +32,10 @@ def check_block(block: int, sequence_length: int) -> None:
     )
 
 
-def check_found_in_training(pruned: str, different_layout_per_head: bool) -> None:
-    """Raise ConfigError unless these keys of a mode whose pattern is found in training are good."""
+def check_pruned(pruned: str) -> None:
+    """Raise ConfigError unless ``pruned`` is one of the two."""
     if pruned not in PRUNED:
         raise ConfigError(unknown_name("sparse_attention.pruned mode", pruned, PRUNED))
-    require(
-        not different_layout_per_head,
-        "sparse_attention.different_layout_per_head",
-        True,
-        "false (SPION and SAT make one pattern a layer)",
-    )
 
 
 @dataclass(frozen=True)
@@ -217,7 +211,13 @@ class SatAttentionConfig:
             f"{1 / blocks:.3g} (one of {blocks} blocks) to 1",
         )
         require(self.loss_weight > 0.0, f"{at}loss_weight", self.loss_weight, "above 0, e.g. 0.01")
-        check_found_in_training(self.pruned, self.different_layout_per_head)
+        check_pruned(self.pruned)
+        require(
+            not self.different_layout_per_head,
+            "sparse_attention.different_layout_per_head",
+            True,
+            "false (SAT learns one pattern a layer, which its heads share)",
+        )
 
     def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
         """Return a new SparsityConfig for one layer."""

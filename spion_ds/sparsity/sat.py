@@ -27,6 +27,11 @@ class SatSparsityConfig(SwitchingSparsityConfig):
         density: float = 0.04,
     ) -> None:
         super().__init__(num_heads, block, different_layout_per_head)
+        if different_layout_per_head:
+            raise ConfigError(
+                "different_layout_per_head is True; SAT learns one W a layer, whose pattern all "
+                "heads share: leave it False"
+            )
         if not 0.0 < density <= 1.0:
             raise ConfigError(f"density is {density}; allowed: above 0, up to 1 (e.g. 0.04)")
         self.density = density

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.patterns import pattern_from_pooled
-from spion_ds.sparsity.switching import SwitchingSparsityConfig
+from spion_ds.sparsity.switching import SwitchingSparsityConfig, check_maps
 
 VARIANTS = ("cf", "c", "f")
 
 
 class SpionSparsityConfig(SwitchingSparsityConfig):
-    """The block pattern of one layer, shared by all its heads (arXiv 2309.12578).
+    """The block pattern of one layer, from its mean map, or one a head (arXiv 2309.12578).
 
     Args:
         num_heads: attention heads of the layer.
         block: side of a block in tokens.
-        different_layout_per_head: must be False: SPION averages the map over the heads.
+        different_layout_per_head: one pattern a head, from that head's own map; as published,
+            SPION averages the map over the heads and they share its pattern.
         variant: ``"cf"`` (diagonal convolution and flood fill), ``"f"`` (flood fill) or ``"c"``
             (convolution and top-k).
         alpha: quantile of the pooled map above which flood fill marks a block (cf and f).
@@ -55,5 +57,22 @@ class SpionSparsityConfig(SwitchingSparsityConfig):
         return None if self.variant == "f" else self.filter_size
 
     def find_pattern(self, source: Tensor) -> Tensor:
-        """Return the (n, n) bool pattern that a pooled map (n, n) gives; sets nothing."""
-        return pattern_from_pooled(source, self.variant, alpha=self.alpha, density=self.density)
+        """Return the bool pattern that a pooled map gives; sets nothing.
+
+        Args:
+            source: (n, n) floating, or (num_heads, n, n) with one pattern a head: the pattern of
+                each head comes from its own map, as if it were alone.
+
+        Returns:
+            bool of the same shape, on the source's device.
+
+        Raises:
+            ConfigError: another shape, or values that are not finite.
+        """
+        if not self.different_layout_per_head:
+            return self._from_one(source)
+        check_maps("pooled", source, self.num_heads)
+        return torch.stack([self._from_one(pooled) for pooled in source])
+
+    def _from_one(self, pooled: Tensor) -> Tensor:
+        return pattern_from_pooled(pooled, self.variant, alpha=self.alpha, density=self.density)

@@ -157,6 +157,98 @@ def test_a_layout_is_the_same_on_a_gpu():
         assert torch.equal(moved.to("cpu").to_mask(), mask)
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5)])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(4, 3), (1, 5), (7, 2), (slice(2, 6), slice(1, 4)), (slice(None, 3), slice(4, None))],
+)
+def test_a_crop_keeps_the_blocks_of_its_rows_and_columns(shape, rows, columns):
+    mask = random_mask(shape, 0.5)
+    cropped = BlockLayout.from_mask(mask, 16).crop(rows, columns)
+    of_rows, of_columns = (s if isinstance(s, slice) else slice(s) for s in (rows, columns))
+    expected = BlockLayout.from_mask(mask[..., of_rows, of_columns], 16)
+    assert torch.equal(cropped.to_mask(), expected.to_mask())
+    assert torch.equal(cropped.row_ptr, expected.row_ptr)
+    assert torch.equal(cropped.col_order, expected.col_order)
+    assert (cropped.block, cropped.heads) == (16, expected.heads)
+
+
+def test_a_crop_of_everything_is_the_layout_itself():
+    layout = BlockLayout.from_mask(random_mask((2, 7, 5), 0.5), 16)
+    assert layout.crop(7, 5) is layout
+    assert layout.crop(slice(None), slice(0, 5, 1)) is layout
+
+
+def test_a_crop_says_anew_whether_it_keeps_blocks_above_the_diagonal():
+    layout = BlockLayout.from_mask(torch.eye(4).roll(2, 1), 16)
+    assert layout.above_diagonal
+    assert not layout.crop(2, 2).above_diagonal
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_heads_are_cut_into_equal_parts(size):
+    mask = random_mask((6, 4, 5), 0.5)
+    layout = BlockLayout.from_mask(mask, 32)
+    for rank, part in enumerate(mask.chunk(size)):
+        found = layout.heads_of(rank, size)
+        assert found.heads == 6 // size
+        assert torch.equal(found.row_ptr, BlockLayout.from_mask(part, 32).row_ptr)
+        assert torch.equal(found.to_mask(), part[0] if size == 6 else part)
+
+
+def test_every_part_of_the_heads_shares_a_shared_layout():
+    layout = BlockLayout.from_mask(random_mask((4, 4), 0.5), 16)
+    assert layout.heads_of(2, 3) is layout
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_parts_of_a_layout_stay_on_its_gpu():
+    mask = random_mask((4, 6, 6), 0.4)
+    layout = BlockLayout.from_mask(mask, 16).to("cuda")
+    for part in (layout.crop(3, 4), layout.heads_of(1, 2)):
+        assert part.device.type == "cuda"
+    assert torch.equal(layout.crop(3, 4).to_mask().cpu(), mask[:, :3, :4])
+    assert torch.equal(layout.heads_of(1, 2).to_mask().cpu(), mask[2:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "words"),
+    [
+        (8, 5, "rows is 8; the layout has 7; allowed: a number of blocks from 1 to 7"),
+        (0, 5, "rows is 0"),
+        (-1, 5, "rows is -1"),
+        (7, 6, "columns is 6; the layout has 5"),
+        (7, slice(3, 3), r"columns is slice\(3, 3, None\)"),
+        (7, slice(0, 6), r"columns is slice\(0, 6, None\)"),
+        (slice(-3, None), 5, r"rows is slice\(-3, None, None\)"),
+        (slice(0, 6, 2), 5, r"rows is slice\(0, 6, 2\)"),
+        (True, 5, "rows is True"),
+        (2.0, 5, "rows is 2.0"),
+    ],
+)
+def test_crops_that_are_not_there_are_named(rows, columns, words):
+    with pytest.raises(ConfigError, match=words):
+        BlockLayout.from_mask(random_mask((7, 5), 0.5), 16).crop(rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "words"),
+    [
+        (0, 4, "size is 4, and the layout has 6 heads; allowed: a number that divides them"),
+        (0, 12, "size is 12, and the layout has 6 heads"),
+        (3, 3, "rank is 3; allowed: 0 to 2, below size"),
+        (-1, 3, "rank is -1; allowed: a whole number from 0 up"),
+        (0, 0, "size is 0; allowed: a whole number from 1 up"),
+        (0, 2.0, "size is 2.0"),
+        (True, 2, "rank is True"),
+    ],
+)
+def test_parts_of_heads_that_are_not_there_are_named(rank, size, words):
+    with pytest.raises(ConfigError, match=words):
+        BlockLayout.from_mask(random_mask((6, 4, 4), 0.5), 16).heads_of(rank, size)
+
+
 def test_a_layout_cannot_be_changed():
     layout = BlockLayout.from_mask(torch.eye(3), 16)
     with pytest.raises(AttributeError):

@@ -18,7 +18,7 @@ from spion_ds.attention import (
     streaming_maps,
 )
 from spion_ds.attention.cpu import maps as cpu_maps
-from spion_ds.attention.map_request import MapRequest, mean_row_weights
+from spion_ds.attention.map_request import MapRequest, mean_row_weights, row_counts
 from spion_ds.attention.streaming_maps import block_sums_torch
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import pool_map
@@ -205,7 +205,7 @@ def test_layouts_are_those_of_the_unstreamed_map(causal, padding):
 def test_micro_batches_of_ranks_add_up_to_the_pooled_mean_map(filter_size, dtype):
     q, k = torch.randn(5, 4, 61, 8, dtype=dtype), torch.randn(5, 2, 61, 8, dtype=dtype)
     real = draw_padding("tail", 5, 61)
-    weights = mean_row_weights(streaming_maps.row_counts(real, 4))
+    weights = mean_row_weights(row_counts(real, 4))
     ranks = [PooledMapAccumulator(16, filter_size, weights) for _ in range(2)]
     for rank, part in ((0, slice(0, 1)), (1, slice(1, 3)), (0, slice(3, 5))):
         ranks[rank].add(q[part], k[part], real[part])
@@ -386,7 +386,7 @@ def test_wrong_arguments_are_named(arguments, words):
     accumulator = PooledMapAccumulator(**fine)
     with pytest.raises(ConfigError, match=words):
         PooledMapAccumulator(**fine | arguments)
-    with pytest.raises(ConfigError, match="q has 9 tokens; row_weights are for 8"):
+    with pytest.raises(ConfigError, match="q has 9 tokens; row_weights are for 8: allowed"):
         accumulator.add(torch.randn(1, 1, 9, 4), torch.randn(1, 1, 9, 4))
     with pytest.raises(ConfigError, match="kv_heads dividing heads"):
         accumulator.add(torch.randn(1, 3, 8, 4), torch.randn(1, 2, 8, 4))

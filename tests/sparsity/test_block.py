@@ -151,10 +151,6 @@ def test_unknown_keys_and_wrong_types_are_named(block, words):
         ({"filter_size": 30}, "sparse_attention.filter_size is 30; allowed: odd"),
         ({"filter_size": -1}, "sparse_attention.filter_size is -1"),
         ({"pruned": "none"}, "unknown sparse_attention.pruned mode 'none'.*known: excluded, zero"),
-        (
-            {"different_layout_per_head": True},
-            "sparse_attention.different_layout_per_head is True; allowed: false",
-        ),
         # 32 blocks a side: the diagonal alone is 1/32 = 0.03125 of them.
         (
             {"variant": "c", "density": 0.03},
@@ -182,6 +178,7 @@ def test_a_block_longer_than_the_input_is_named():
         {"block": 16, "variant": "c", "density": 1, "filter_size": 1},
         {"variant": "cf", "density": 0.001},  # flood fill does not use it
         {"pruned": "excluded"},
+        {"different_layout_per_head": True},
     ],
 )
 def test_what_is_allowed_is_accepted(block):
@@ -208,6 +205,7 @@ def test_every_layer_gets_a_configuration_of_its_own():
     assert first is not second
     assert (first.num_heads, first.block, first.variant) == (4, 32, "c")
     assert (first.alpha, first.density, first.filter_size) == (0.9, 0.2, 5)
+    assert first.different_layout_per_head is False
     dense = read(mode="dense", block=16).build(4)
     assert type(dense) is DenseSparsityConfig
     assert (dense.num_heads, dense.block) == (4, 16)
@@ -297,6 +295,12 @@ def test_values_reach_the_class():
     assert (built.block, built.local_window_blocks, built.num_layout_heads) == (32, [1, 2], 2)
 
 
+def test_mode_spion_takes_a_pattern_a_head():
+    config = read(mode="spion", different_layout_per_head=True)
+    assert read(**config.to_mapping()) == config
+    assert config.build(3).make_mask(LENGTH).shape == (3, 32, 32)
+
+
 def test_random_blocks_differ_between_layers_and_not_between_ranks():
     config = read(mode="bigbird", num_random_blocks=2)
     first, again, second = (config.build(2, layer).make_layout(LENGTH) for layer in (0, 0, 1))
@@ -346,7 +350,10 @@ def test_keys_of_other_modes_are_unknown(block, words):
         ({"mode": "sat", "density": 1.01}, "density is 1.01; allowed: .* to 1"),
         ({"mode": "sat", "loss_weight": 0.0}, "loss_weight is 0.0; allowed: above 0"),
         ({"mode": "sat", "pruned": "kept"}, "unknown sparse_attention.pruned mode 'kept'"),
-        ({"mode": "sat", "different_layout_per_head": True}, "per_head is True; allowed: false"),
+        (
+            {"mode": "sat", "different_layout_per_head": True},
+            r"sparse_attention.different_layout_per_head is True; allowed: false \(SAT learns",
+        ),
     ],
 )
 def test_other_modes_values_out_of_range_are_named(block, words):

@@ -69,7 +69,7 @@ def test_masks_are_the_layouts_of_the_heads():
     config.set_pattern(pattern)
     assert torch.equal(config.make_mask(33), pattern)  # a last block that is partial counts
     with pytest.raises(ConfigError, match="the pattern was found at 48 tokens"):
-        config.make_mask(32)
+        config.make_mask(49)
     for per_head in (False, True):
         classic = FixedSparsityConfig(
             4, 16, per_head, num_different_global_patterns=4 if per_head else 1
@@ -78,33 +78,7 @@ def test_masks_are_the_layouts_of_the_heads():
         assert torch.equal(classic.make_mask(150), layout if per_head else layout[0])
 
 
-def test_the_pattern_is_a_copy_of_what_was_set():
-    config = SpionSparsityConfig(2, 16)
-    for dtype in (torch.bool, torch.float32):
-        pattern = torch.eye(3, dtype=dtype)
-        config.set_pattern(pattern)
-        pattern.fill_(1)
-        assert config.pattern.dtype == torch.bool
-        assert torch.equal(config.pattern, torch.eye(3, dtype=torch.bool))
-
-
-def test_a_new_pattern_is_another_object():
-    # What holds a layout of it sees by identity that it is out of date.
-    config = SpionSparsityConfig(2, 16)
-    config.set_pattern(torch.eye(3))
-    first = config.pattern
-    assert config.pattern is first
-    config.set_pattern(torch.eye(3))
-    assert config.pattern is not first
-
-
-@pytest.mark.parametrize("pattern", [torch.ones(3), torch.ones(3, 4), torch.ones(2, 3, 3)])
-def test_only_square_patterns_are_taken(pattern):
-    with pytest.raises(ConfigError, match=r"square \(n, n\) mask; got"):
-        SpionSparsityConfig(2, 16).set_pattern(pattern)
-
-
-def test_another_length_than_the_patterns_is_an_error_that_names_both():
+def test_a_greater_length_than_the_patterns_is_an_error_that_names_both():
     config = SpionSparsityConfig(2, 16)
     config.set_pattern(torch.eye(3))
     with pytest.raises(ConfigError, match="found at 48 tokens and the input has 64"):
@@ -116,7 +90,7 @@ def test_another_length_than_the_patterns_is_an_error_that_names_both():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"different_layout_per_head": True}, "different_layout_per_head is True; .* leave it"),
+        ({"different_layout_per_head": 1}, "different_layout_per_head is 1; allowed: True or"),
         ({"variant": "fc"}, "unknown SPION variant 'fc'.*known: c, cf, f"),
         ({"alpha": 1.5}, "alpha is 1.5; allowed: 0 to 1"),
         ({"alpha": -0.1}, "alpha is -0.1"),

@@ -176,6 +176,22 @@ def test_later_sources_win() -> None:
     assert build("listops", block, ("sparse_attention.block=128",)).sparse_attention.block == 128
 
 
+def test_a_pattern_a_head_needs_maps_at_block_resolution() -> None:
+    words = ("sparse_attention.different_layout_per_head=true", "transition.resolution=")
+    with pytest.raises(
+        ConfigError,
+        match=r"different_layout_per_head is True; .*transition\.resolution=token.* set "
+        r"transition\.resolution=block",
+    ):
+        build("listops", {}, (words[0], words[1] + "token"))
+    config = build("listops", {}, (words[0], words[1] + "block"))
+    assert config.sparse_attention.different_layout_per_head
+    again = build_run_config(config.to_mapping(), None, (), world_size=1, device_type="cpu")
+    assert again == config
+    # Static patterns have no maps.
+    build("listops", {}, ("sparse_attention.mode=fixed", words[0], words[1] + "token"))
+
+
 def test_a_mode_of_the_json_or_the_command_line_leaves_the_recipes_pattern_behind() -> None:
     block = {"sparse_attention": {"mode": "bigbird", "num_random_blocks": 2}}
     config = build("listops", block)

@@ -2,7 +2,8 @@
 
 The first writes each row's softmax statistics. In the second a program owns a tile of the map, adds
 the probabilities of all samples and heads to it in registers, and writes what the tile gives to the
-blocks that it reaches. A tile leaves out the samples that end before it begins.
+blocks that it reaches; where each head has its own map, those of all samples of one head. A tile
+leaves out the samples that end before it begins.
 
 Where the filter is no wider than a block, a tile is cut at the middle of blocks: around each
 corner, where four blocks meet, an entry adds to these four alone, and its four weights are a
@@ -26,7 +27,7 @@ _HIGHEST = tl.constexpr(1.0e30)
 _ROW_GROUP = tl.constexpr(8)
 _DATA = ["padding_ptr", "ends_ptr", "heads", "length"]
 _TILE_DATA = ["padding_ptr", "order_ptr", "reach_ptr", "heads", "length", "weights_ptr"]
-_TILE_DATA += ["batch", "row_tiles", "column_tiles"]
+_TILE_DATA += ["batch", "row_tiles", "column_tiles", "first_head", "head_stride"]
 
 
 @triton.jit(do_not_specialize=_DATA)
@@ -109,6 +110,8 @@ def attention_map_tile_kernel(
     row_tiles: tl.tensor,
     column_tiles: tl.tensor,
     centre: tl.tensor,  # float32, of the powers
+    first_head: tl.tensor,  # the head of program_id(1) 0; of no consequence without PER_HEAD
+    head_stride: tl.tensor,  # between the sums of two heads
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -120,9 +123,14 @@ def attention_map_tile_kernel(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     REACH: tl.constexpr,
+    PER_HEAD: tl.constexpr,  # whether program_id(1) counts heads, each with its own map
 ) -> None:
     """Write the sums of a tile of R rows and C · PIECES columns of the map."""
     row_tile, column_tile = _place(row_tiles, column_tiles)
+    summed = heads
+    if PER_HEAD:
+        summed = 1
+        sums_ptr += tl.program_id(1).to(tl.int64) * head_stride
     shift: tl.constexpr = BLOCK // 2 if SUMS == "corners" else 0
     first_row, first_column = row_tile * R - shift, column_tile * (C * PIECES) - shift
     rows_R = first_row + tl.arange(0, R)
@@ -136,19 +144,22 @@ def attention_map_tile_kernel(
         samples = tl.load(reach_ptr + tl.minimum(begin, length - 1))
     # A tile wholly in the future has no probability.
     pairs = (
-        tl.where(first_column >= first_row + R, 0, samples * heads) if CAUSAL else samples * heads
+        tl.where(first_column >= first_row + R, 0, samples * summed) if CAUSAL else samples * summed
     )
     sample = tl.zeros((), tl.int32)
     if padding_ptr is not None:
         sample = tl.load(order_ptr)
     for pair in range(0, pairs):
         bh = tl.zeros((), tl.int64) + pair
-        b, h = bh // heads, bh % heads
+        b, h = bh // summed, bh % summed
         if padding_ptr is not None:
             b = sample.to(tl.int64)
             bh = b * heads + h
             # A load ahead: one that q's address waited for would cost the loop a stage.
-            sample = tl.load(order_ptr + tl.minimum(pair + 1, pairs - 1) // heads)
+            sample = tl.load(order_ptr + tl.minimum(pair + 1, pairs - 1) // summed)
+        if PER_HEAD:
+            h += first_head + tl.program_id(1)
+            bh = b * heads + h
         q_RD = _load(q, b, h, row_R, HEAD_DIM, D)
         top_R = tl.load(top_ptr + bh * length + row_R)
         inverse_R = tl.load(inverse_ptr + bh * length + row_R)

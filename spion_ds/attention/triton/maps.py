@@ -25,6 +25,8 @@ _MAX_HEAD_DIM = 128
 # A tile visits all blocks that it reaches: of smaller ones that would be hundreds.
 MIN_BLOCK = 16
 _LOG2_E = math.log2(math.e)
+# Of the parts that are there at a time, for maps of several heads.
+_PARTS_BYTES = 64 << 20
 
 
 class MapTiles(NamedTuple):
@@ -80,7 +82,7 @@ def choose_tiles(q: Tensor) -> tuple[MapTiles, MapTiles]:
 
 
 def block_sums_triton(request: MapRequest) -> Tensor:
-    """Return what ``block_sums_torch`` returns.
+    """Return what ``block_sums_torch`` returns, or with ``per_head`` that of each head.
 
     Products are in the inputs' dtype, scores, probabilities and the sums of a tile float32; tiles
     are added in float64. Token-level maps have twice the digits: rounded to float32, the mean over
@@ -91,50 +93,78 @@ def block_sums_triton(request: MapRequest) -> Tensor:
     if request.block == 1:
         tiles = tiles._replace(pieces=1)
     sums = _Sums(request, tiles)
-    _launch(request, softmax, tiles, sums, 0.0)
-    return sums.add_up()
+    inputs = _Inputs(request, softmax)
+    if not request.per_head:
+        return sums.add_up(_launch(inputs, tiles, sums))
+    heads = request.q.shape[1]
+    total = request.row_weights.new_empty((heads, sums.n, sums.n))
+    # What tiles give may be much more than the maps: of some heads at a time.
+    some = max(1, min(heads, _PARTS_BYTES // sums.bytes))
+    for first in range(0, heads, some):
+        those = range(first, min(first + some, heads))
+        total[first : those.stop] = sums.add_up(_launch(inputs, tiles, sums, heads=those))
+    return total
 
 
 def central_sums_triton(request: MapRequest, mean: float) -> Tensor:
     """Return what ``central_sums_torch`` returns; precision as of :func:`block_sums_triton`."""
     softmax, tiles = choose_tiles(request.q)
     sums = _Sums(request, tiles, powers=True)
-    _launch(request, softmax, tiles, sums, mean)
-    return sums.parts.sum(dim=(1, 2), dtype=torch.float64)
+    parts = _launch(_Inputs(request, softmax), tiles, sums, mean)
+    return parts.sum(dim=(1, 2), dtype=torch.float64)
+
+
+class _Inputs:
+    """What the tile kernel reads: queries and keys, and each row's softmax statistics."""
+
+    def __init__(self, request: MapRequest, softmax: MapTiles) -> None:
+        q, k, scale = request.q.detach(), request.k.detach(), request.scale
+        if scale <= 0.0:  # the kernels need one above 0
+            q, scale = q * (-1.0 if scale < 0.0 else 0.0), -scale or 1.0
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        self.batch, self.heads, self.length, head_dim = q.shape
+        self.row_weights, self.device = request.row_weights, q.device
+        padding = request.key_padding_mask
+        self.ends = self.order = self.reach = None
+        if padding is not None:
+            self.ends, self.order, self.reach = _ends(padding)
+            padding = padding.contiguous().view(torch.uint8)
+        self.padding = padding
+        self.statistics = torch.empty(
+            (2, self.batch, self.heads, self.length), dtype=torch.float32, device=q.device
+        )
+        self.strided = ((q, *q.stride()[:3]), (k, *k.stride()[:3]))
+        self.scale_log2 = scale * _LOG2_E
+        padded_dim = max(16, triton.next_power_of_2(head_dim))
+        self.shape = (self.heads // k.shape[1], head_dim, padded_dim, request.causal)
+        grid = (triton.cdiv(self.length, softmax.rows), self.batch * self.heads)
+        with torch.cuda.device_of(q):
+            attention_map_softmax_kernel[grid](
+                *(*self.strided, *self.statistics, self.padding, self.ends),
+                *(self.heads, self.length, self.scale_log2),
+                *(*self.shape, softmax.rows, softmax.columns),
+                **softmax.launch,
+            )
 
 
 def _launch(
-    request: MapRequest, softmax: MapTiles, tiles: MapTiles, sums: _Sums, centre: float
-) -> None:
-    """Fill the parts of ``sums``."""
-    q, k, scale = request.q.detach(), request.k.detach(), request.scale
-    if scale <= 0.0:  # the kernels need one above 0
-        q, scale = q * (-1.0 if scale < 0.0 else 0.0), -scale or 1.0
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    batch, heads, length, head_dim = q.shape
-    padding = request.key_padding_mask
-    ends = order = reach = None
-    if padding is not None:
-        ends, order, reach = _ends(padding)
-        padding = padding.contiguous().view(torch.uint8)
-    top, inverse = torch.empty((2, batch, heads, length), dtype=torch.float32, device=q.device)
-    strided = ((q, *q.stride()[:3]), (k, *k.stride()[:3]))
-    padded_dim = max(16, triton.next_power_of_2(head_dim))
-    shape = (heads // k.shape[1], head_dim, padded_dim, request.causal)
-    with torch.cuda.device_of(q):
-        attention_map_softmax_kernel[(triton.cdiv(length, softmax.rows), batch * heads)](
-            *(*strided, top, inverse, padding, ends, heads, length, scale * _LOG2_E),
-            *(*shape, softmax.rows, softmax.columns),
-            **softmax.launch,
-        )
-        attention_map_tile_kernel[(sums.row_tiles * sums.column_tiles,)](
-            *(*strided, top, inverse, padding, order, reach),
-            *(request.row_weights.to(sums.parts.dtype), sums.parts, batch),
-            *(heads, length, scale * _LOG2_E, sums.row_tiles, sums.column_tiles, centre),
-            *(*shape, tiles.rows, tiles.columns, tiles.pieces),
-            *(sums.kind, sums.block, sums.half, sums.reach),
+    inputs: _Inputs, tiles: MapTiles, sums: _Sums, centre: float = 0.0, heads: range | None = None
+) -> Tensor:
+    """Return the parts that the tiles give: of all heads together, or of each of ``heads``."""
+    parts = sums.empty(() if heads is None else (len(heads),))
+    grid = (sums.row_tiles * sums.column_tiles, 1 if heads is None else len(heads))
+    first_head, head_stride = (0, 0) if heads is None else (heads.start, parts.stride(0))
+    with torch.cuda.device_of(parts):
+        attention_map_tile_kernel[grid](
+            *(*inputs.strided, *inputs.statistics, inputs.padding, inputs.order, inputs.reach),
+            *(inputs.row_weights.to(parts.dtype), parts, inputs.batch),
+            *(inputs.heads, inputs.length, inputs.scale_log2, sums.row_tiles, sums.column_tiles),
+            *(centre, first_head, head_stride),
+            *(*inputs.shape, tiles.rows, tiles.columns, tiles.pieces),
+            *(sums.kind, sums.block, sums.half, sums.reach, heads is not None),
             **tiles.launch,
         )
+    return parts
 
 
 def _ends(key_padding_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,48 +197,57 @@ class _Sums:
         self.column_tiles = triton.cdiv(covered, tiles.columns * tiles.pieces)
         pieces = self.column_tiles * tiles.pieces
         self.reach = min((max(tiles.rows, tiles.columns) + 2 * half - 2) // block + 2, self.n)
-        shape: tuple[int, ...]
+        self.shape: tuple[int, ...]
         if self.kind == "corners":
             groups = [max(1, side // block) for side in (tiles.rows, tiles.columns)]
-            shape = (4, self.row_tiles * groups[0], pieces * groups[1])
+            self.shape = (4, self.row_tiles * groups[0], pieces * groups[1])
         elif self.kind == "blocks":
-            shape = (self.row_tiles, self.reach, pieces, self.reach)
+            self.shape = (self.row_tiles, self.reach, pieces, self.reach)
         elif self.kind == "tokens":
-            shape = (request.length, request.length)
+            self.shape = (request.length, request.length)
         else:
-            shape = (2, self.row_tiles, pieces)
-        dtype = torch.float64 if self.kind == "tokens" else torch.float32
-        self.parts = torch.empty(shape, dtype=dtype, device=request.q.device)
+            self.shape = (2, self.row_tiles, pieces)
+        self.dtype = torch.float64 if self.kind == "tokens" else torch.float32
+        self.device = request.q.device
 
-    def add_up(self) -> Tensor:
-        """Return the block sums, (n, n) float64."""
+    @property
+    def bytes(self) -> int:
+        """Of the parts of one map."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, heads: tuple[int, ...]) -> Tensor:
+        """Return memory for the parts of a map, or of as many as ``heads`` says."""
+        return torch.empty((*heads, *self.shape), dtype=self.dtype, device=self.device)
+
+    def add_up(self, parts: Tensor) -> Tensor:
+        """Return the block sums, (n, n) float64, or (heads, n, n) of parts of several heads."""
         if self.kind == "tokens":
-            return self.parts
+            return parts
         if self.kind == "blocks":
             into_rows, into_columns = self._chosen(self.rows, 0), self._chosen(self.columns, 2)
-            parts = self.parts.flatten(2).flatten(0, 1).to(torch.float64)
-            return into_rows @ parts @ into_columns.T
+            wide = parts.flatten(-2).flatten(-3, -2).to(torch.float64)
+            return into_rows @ wide @ into_columns.T
         n = self.n
         # A block is the lower right one at its first corner, the lower left one at the next, …
-        total = self._at_corners(0)[:n, :n] + self._at_corners(1)[:n, 1:]
-        total += self._at_corners(2)[1:, :n]
-        return total.add_(self._at_corners(3)[1:, 1:])
+        total = self._at_corners(parts, 0)[..., :n, :n] + self._at_corners(parts, 1)[..., :n, 1:]
+        total += self._at_corners(parts, 2)[..., 1:, :n]
+        return total.add_(self._at_corners(parts, 3)[..., 1:, 1:])
 
-    def _at_corners(self, quarter: int) -> Tensor:
-        """Return what each corner gives to one of its blocks, (n + 1, n + 1) float64."""
+    def _at_corners(self, parts: Tensor, quarter: int) -> Tensor:
+        """Return what each corner gives to one of its blocks, (…, n + 1, n + 1) float64."""
         corners = self.n + 1
         down, right = max(1, self.block // self.rows), max(1, self.block // self.columns)
-        parts = self.parts[quarter, : corners * down, : corners * right]
-        parts = parts.unflatten(1, (corners, right)).unflatten(0, (corners, down))
-        return parts.sum(dim=(1, 3), dtype=torch.float64)
+        parts = parts[..., quarter, : corners * down, : corners * right]
+        parts = parts.unflatten(-1, (corners, right)).unflatten(-3, (corners, down))
+        return parts.sum(dim=(-3, -1), dtype=torch.float64)
 
     def _chosen(self, side: int, dim: int) -> Tensor:
         """Return the 0 and 1 that add the parts of tiles where they belong, (n, parts) float64.
 
         As a product, since index_add_ on a GPU would add in no fixed order.
         """
-        device = self.parts.device
-        first = torch.arange(self.parts.shape[dim], device=device) * side - self.half
+        device = self.device
+        first = torch.arange(self.shape[dim], device=device) * side - self.half
         first = first.clamp(min=0) // self.block
         to = first[:, None] + torch.arange(self.reach, device=device)
         chosen = torch.arange(self.n, device=device)[:, None] == to.flatten()

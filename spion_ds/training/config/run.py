@@ -217,6 +217,14 @@ def _validated(
     config.sparse_attention.validate(config.data.sequence_length)
     if config.switches:
         config.transition.validate(config.training.steps)
+        require(
+            not config.sparse_attention.different_layout_per_head
+            or config.transition.resolution != "token",
+            "sparse_attention.different_layout_per_head",
+            True,
+            "false with transition.resolution=token, whose maps are means over the heads; for a "
+            "pattern a head set transition.resolution=block",
+        )
     config.optimizer.validate(config.training.steps)
     require(
         config.training.batch_size <= config.data.train,
