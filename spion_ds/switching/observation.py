@@ -121,6 +121,12 @@ class MapObserver:
         attention.prepare(query.shape[2], query.device, *like)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the map, once a pass was seen."""
+        assert self.maps.total is not None
+        return tuple(self.maps.total.shape)
+
+    @property
     def surprised(self) -> bool:
         """Whether the passes had other padding than was announced."""
         if self.announced is None:
@@ -177,7 +183,7 @@ class Observation:
     def shapes(self) -> list[tuple[int, ...]]:
         """Of each layer's map; [] where none was made."""
         return [
-            tuple(observer.maps.total.shape)
+            observer.shape
             for observer in self.observers
             if isinstance(observer, MapObserver) and observer.seen > 0
         ]

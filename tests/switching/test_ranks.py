@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.switching import rank_scenarios
 from tests.training.launching import ROOT, command, launch
 
 pytestmark = pytest.mark.ranks
-SCRIPT = Path(__file__).parent / "rank_scenarios.py"
 ON_ONE = ["one_decision", "token_maps_and_skewness"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Run every scenario on two ranks, some on one, each number of ranks started once."""
-    folder = tmp_path_factory.mktemp("scenarios")
+    """Run every scenario on two ranks, some on one; each number of ranks is started once.
+
+    The processes of pytest-xdist share the results: their temporary folders have one parent.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rank_scenarios"
+    folder.mkdir(exist_ok=True)
     found = {}
-    for ranks, names in ((1, ON_ONE), (2, list(rank_scenarios.SCENARIOS))):
-        words = [*command("torchrun", ranks), str(SCRIPT)]
-        launch([*words, str(folder), *names], ROOT)
-        for name in names:
-            found[f"{name}-{ranks}"] = json.loads((folder / f"{name}-{ranks}.json").read_text())
+    with FileLock(folder / "lock"):
+        for ranks, names in ((1, ON_ONE), (2, list(rank_scenarios.SCENARIOS))):
+            missing = [name for name in names if not (folder / f"{name}-{ranks}.json").exists()]
+            if missing:
+                words = ["-m", "tests.switching.rank_scenarios", str(folder), *missing]
+                launch([*command("torchrun", ranks), *words], ROOT)
+            for name in names:
+                found[f"{name}-{ranks}"] = json.loads((folder / f"{name}-{ranks}.json").read_text())
     return found
 
 
