@@ -80,7 +80,7 @@ GATE = [
 MAPS = (
     "| shape | block | dtype | dense ms | map ms | no filter ms | map / dense | no filter / dense"
 )
-MAPS += " | torch / map | MiB |"
+MAPS += " | a map a head ms | a head / map | torch / map | MiB |"
 SWITCH = "| device | layers | n | variant | decide ms | layouts ms | sum ms |"
 LAYERS, BLOCKS = 24, 1024
 
@@ -127,7 +127,7 @@ def page(maps: list[str], tuned: list[str], switch: list[str], rounds: int) -> s
             f"Medians of {rounds} interleaved rounds, minima in brackets; ratios are of minima. "
             f"dense: the forward pass of scaled_dot_product_attention (on a GPU its flash "
             f"backend). map: pooled with a filter of {FILTER_SIZE}; with a block of 1 the "
-            "token-level map. torch: the specification in "
+            "token-level map. a map a head: the same, one for each head. torch: the specification in "
             "the inputs' precision, with which each map was compared first; the float64 "
             f"specification was, on short maps, to a relative {TOLERANCE:.0e}. MiB: peak memory "
             "of map above its inputs.",
@@ -225,14 +225,16 @@ def shown(times: list[float]) -> str:
 def measure(setting: Setting, device: torch.device, rounds: int) -> str:
     """Return the first table's line for a setting."""
     request, v = requests_of(setting, device)
-    plain = request._replace(filter_size=1)
+    plain, heads = request._replace(filter_size=1), request._replace(per_head=True)
     with torch.no_grad():
         expected = block_sums_torch(request)
         compare(request, block_sums(request), expected)
+        compare(heads, block_sums(heads).sum(dim=0), expected)
         runs: dict[str, Callable[[], object]] = {
             "dense": lambda: dense_forward(request.q, request.k, v),
             "map": lambda: block_sums(request),
             "no filter": lambda: block_sums(plain),
+            "a head": lambda: block_sums(heads),
         }
         memory = (peak_megabytes if device.type == "cuda" else peak_mib)(runs["map"])
         times = rounds_ms(runs, device, rounds)
@@ -242,8 +244,10 @@ def measure(setting: Setting, device: torch.device, rounds: int) -> str:
     least = {name: min(values) for name, values in times.items()}
     cells = [
         str(setting),
-        *(shown(values) for values in times.values()),
+        *(shown(times[name]) for name in ("dense", "map", "no filter")),
         *(f"{least[name] / least['dense']:.2f}" for name in ("map", "no filter")),
+        shown(times["a head"]),
+        f"{least['a head'] / least['map']:.2f}",
         f"{torch_ms / least['map']:.0f}",
         f"{memory:.1f}",
     ]

@@ -103,7 +103,8 @@ class PooledMapAccumulator:
         check_filter_size(filter_size)
         self.block, self.filter_size = block, filter_size
         self.length, self.per_head = length, per_head
-        self.row_weights, self._total = None, None
+        self.row_weights: Tensor | None = None
+        self._total: Tensor | None = None
         if row_weights is not None:
             self.row_weights = row_weights.detach().to(torch.float64)
             if not per_head:
@@ -126,6 +127,10 @@ class PooledMapAccumulator:
                 "after the first add (added says how many there were)"
             )
         return self._total
+
+    @total.setter
+    def total(self, total: Tensor) -> None:
+        self._total = total
 
     @torch.no_grad()
     def add(

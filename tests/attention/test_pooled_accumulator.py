@@ -140,6 +140,16 @@ def test_a_total_before_the_first_micro_batch_is_named():
     )
 
 
+def test_a_total_may_be_replaced_by_that_of_all_ranks():
+    seen = PooledMapAccumulator(BLOCK, FILTER, per_head=True)
+    seen.add(*drawn(32))
+    seen.total = torch.zeros_like(seen.total)
+    batch = drawn(32)
+    seen.add(*batch)
+    expected = attention_map(*batch, block=BLOCK, filter_size=FILTER, per_head=True)
+    assert torch.equal(seen.total, expected)
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_kept_batches_give_the_skewness_of_the_map_over_all_heads(per_head):
     q, k = drawn(40, dtype=torch.float64)
