@@ -127,7 +127,7 @@ def page(maps: list[str], tuned: list[str], switch: list[str], rounds: int) -> s
             f"Medians of {rounds} interleaved rounds, minima in brackets; ratios are of minima. "
             f"dense: the forward pass of scaled_dot_product_attention (on a GPU its flash "
             f"backend). map: pooled with a filter of {FILTER_SIZE}; with a block of 1 the "
-            "token-level map. a map a head: the same, one for each head. torch: the specification in "
+            "token-level map. a map a head: one for each head. torch: the specification in "
             "the inputs' precision, with which each map was compared first; the float64 "
             f"specification was, on short maps, to a relative {TOLERANCE:.0e}. MiB: peak memory "
             "of map above its inputs.",
