@@ -3,7 +3,7 @@
 The tensor has its final size from the start, so that a switch changes no shape and no key.
 
     bytes   0:24   magic, format, phase (0 dense, 1 sparse), layout heads, blocks a side, block
-           24:56   sha256 of the bytes 0:24 and 64:
+           24:56   sha256 of all other bytes
            56:64   0
            64:     the kept blocks as bits, (layout heads, blocks, blocks), 0 while dense
 """
@@ -68,9 +68,9 @@ class MaskFormat:
         fields = _FIELDS.pack(
             *(_MAGIC, _FORMAT, mask is not None, self.heads or 1, self.blocks, self.block)
         )
-        digest = hashlib.sha256(fields + bits).digest()
-        whole = (fields + digest).ljust(HEADER_BYTES, b"\0") + bits
-        return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+        rest = bytes(HEADER_BYTES - _DIGEST.stop) + bits
+        digest = hashlib.sha256(fields + rest).digest()
+        return torch.frombuffer(bytearray(fields + digest + rest), dtype=torch.uint8)
 
     def unpack(self, packed: Tensor) -> Tensor | None:
         """Return the bool mask on the CPU, in ``shape``, or None for the dense phase.
@@ -109,14 +109,14 @@ class MaskFormat:
                 "is of another model: build this one with the same max_seq_length, block, and "
                 "layouts a head or shared"
             )
-        fields, bits = data[: _FIELDS.size], data[HEADER_BYTES:]
-        if len(data) != self.size or hashlib.sha256(fields + bits).digest() != data[_DIGEST]:
+        others = data[: _DIGEST.start] + data[_DIGEST.stop :]
+        if len(data) != self.size or hashlib.sha256(others).digest() != data[_DIGEST]:
             raise CheckpointError(
                 "packed_mask has another digest than its mask: it was damaged, or calculated with "
                 "(as an average of models does that averages buffers: average parameters only). "
                 "Load a state_dict, or call attention.set_mask(mask)"
             )
-        return unpack_mask(bits, self.shape) if phase else None
+        return unpack_mask(data[HEADER_BYTES:], self.shape) if phase else None
 
     def _words(self) -> str:
         return _words(self.heads or 1, self.blocks, self.block)

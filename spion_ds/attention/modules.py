@@ -142,9 +142,11 @@ class SparseSelfAttention(MaskHolder):
         self._settle(blocks * block, device, False)
         if self._format is not None:
             torch.ops.spion_ds.check_packed_mask(self._ticket)
-        # What settled it will not run again: a graph that finds another pattern is traced anew.
+        # What settled it does not run again: a graph that finds another pattern is traced anew.
         if getattr(self.sparsity_config, "pattern", None) is not self._pattern:
             raise RuntimeError("the pattern changed while the pass was traced")
+        if self._pattern is None and isinstance(self.sparsity_config, SwitchingSparsityConfig):
+            return None  # a graph that all layers share
         return getattr(self._layouts.slots, slot_name(blocks, device))
 
     def prepare(
@@ -156,8 +158,9 @@ class SparseSelfAttention(MaskHolder):
     ) -> None:
         """Derive now what passes over ``length`` tokens need, and keep it.
 
-        A pass does that itself, but a captured one cannot. What is derived here stays in memory as
-        long as the pattern, whatever lengths follow, and is derived again for the next one.
+        A pass does that itself, but a captured one cannot, and layers that torch.compile compiles
+        one by one share their graphs only if it came before. What is derived here stays in memory
+        as long as the pattern, whatever lengths follow, and is derived again for the next one.
 
         Args:
             length: tokens.
@@ -247,6 +250,8 @@ class SparseSelfAttention(MaskHolder):
 
     def show_pass(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> None:
         """Show a compiled pass to the observer; called as it runs."""
+        # What it needs is there then when a mask comes.
+        self._layouts.get(query.shape[2], query.device, self._derive, pin=True)
         # A compiled graph uses its memory again, and observers may keep what they are shown.
         mask = None if key_padding_mask is None else key_padding_mask.clone()
         show(self._observer, query.clone(), key.clone(), mask, self.causal, self.scale)

@@ -73,7 +73,13 @@ def show(
         torch.no_grad(),
         torch.autocast(query.device.type, enabled=False),
     ):
-        observer.add(query.detach(), key.detach(), key_padding_mask, causal=causal, scale=scale)
+        observer.add(
+            query.detach(),
+            key.detach(),
+            key_padding_mask=key_padding_mask,
+            causal=causal,
+            scale=scale,
+        )
 
 
 def recomputes() -> bool:
