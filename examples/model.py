@@ -14,14 +14,10 @@ class Layer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.qkv, self.out = (
-            nn.LayerNorm(DIM),
-            nn.Linear(DIM, 3 * DIM),
-            nn.Linear(DIM, DIM),
-        )
-        self.feed = nn.Sequential(
-            nn.LayerNorm(DIM), nn.Linear(DIM, 128), nn.GELU(), nn.Linear(128, DIM)
-        )
+        self.norm, self.qkv = nn.LayerNorm(DIM), nn.Linear(DIM, 3 * DIM)
+        self.out = nn.Linear(DIM, DIM)
+        feed = (nn.LayerNorm(DIM), nn.Linear(DIM, 128), nn.GELU(), nn.Linear(128, DIM))
+        self.feed = nn.Sequential(*feed)
         # In place of scaled_dot_product_attention: dense until there is a pattern, which each head
         # gets for itself. max_seq_length keeps the mask in the model's own state.
         sparsity = SpionSparsityConfig(
@@ -38,7 +34,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Says whether the first token is the last real one's."""
+    """Says whether the first token is the same as the last real one."""
 
     def __init__(self):
         super().__init__()

@@ -12,9 +12,9 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from model import Model, make_batch
-from spion_ds.masks import save_masks
 
 from spion_ds import DenseToSparse
+from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS, SAVE_EVERY, MICRO_BATCHES = 24, 4, 2
@@ -37,22 +37,18 @@ def main(folder: Path) -> None:
     if client:
         switch.load_state_dict(client["spion_ds"])
     for number in range(switch.last_step + 1, STEPS + 1):
-        share = make_batch(number, rank, ranks)
+        share = (part.to(engine.device) for part in make_batch(number, rank, ranks))
         batches = list(zip(*(part.chunk(MICRO_BATCHES) for part in share), strict=True))
-        masks = [mask for _, mask, _ in batches]
-        total = 0.0
-        with switch.step(number, padding_masks=masks) as look:
+        with switch.step(number, padding_masks=[mask for _, mask, _ in batches]) as look:
             for x, mask, y in batches:
-                x, mask, y = (part.to(engine.device) for part in (x, mask, y))
                 loss = F.cross_entropy(engine(x, mask), y)
                 engine.backward(loss)
                 engine.step()
-                total += loss.item()
             if not engine.was_step_applied():
                 look.skipped()
         if rank == 0:
             event = f", {look.event.kind}" if look.event else ""
-            print(f"step {number}: loss {total!r}, {switch.phase}{event}", flush=True)
+            print(f"step {number}: loss {loss.item()!r}, {switch.phase}{event}", flush=True)
         if number % SAVE_EVERY == 0:
             engine.save_checkpoint(str(folder), client_state={"spion_ds": switch.state_dict()})
     if rank == 0:

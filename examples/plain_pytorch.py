@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from model import Model, make_batch
-from spion_ds.masks import save_masks
 from torch.nn.parallel import DistributedDataParallel
 
 from spion_ds import DenseToSparse
+from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS, SAVE_EVERY = 24, 4
@@ -32,12 +32,10 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # Asked every 4 steps whether attention has settled; sparse after step 12 at the latest.
     switch = DenseToSparse(model, DistanceRule(15), check_every=4, max_dense_steps=12)
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])  # the masks are in it
-        optimizer.load_state_dict(saved["optimizer"])
-        switch.load_state_dict(saved["switch"])
+    if (folder / "checkpoint.pt").exists():
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+        for name, part in (("model", model), ("optimizer", optimizer), ("switch", switch)):
+            part.load_state_dict(saved[name])  # the masks are in the model's state
     for number in range(switch.last_step + 1, STEPS + 1):
         x, mask, y = make_batch(number, rank, ranks)
         with switch.step(number, padding_masks=[mask]) as look:
@@ -49,9 +47,9 @@ def main(folder: Path) -> None:
             event = f", {look.event.kind}" if look.event else ""
             print(f"step {number}: loss {loss.item()!r}, {switch.phase}{event}", flush=True)
         if rank == 0 and number % SAVE_EVERY == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "switch": switch.state_dict()}, folder / "next.pt")
-            os.replace(folder / "next.pt", checkpoint)
+            parts = {"model": model, "optimizer": optimizer, "switch": switch}
+            torch.save({k: part.state_dict() for k, part in parts.items()}, folder / "next.pt")
+            os.replace(folder / "next.pt", folder / "checkpoint.pt")
     if rank == 0:
         save_masks(model, folder / "masks.safetensors")
 

@@ -38,15 +38,13 @@ class Task(lightning.LightningModule):
         return [make_batch(number, RANK, RANKS) for number in range(first, STEPS + 1)]
 
     def training_step(self, batch, _):
-        x, mask, y = batch
-        return F.cross_entropy(self.model(x, mask), y)
+        return F.cross_entropy(self.model(*batch[:2]), batch[2])
 
     def on_train_batch_end(self, outputs, *_):
         driver, event = self.switch.driver, self.switch.event
-        kind = f", {event.kind}" if event and event.step == driver.last_step else ""
-        if RANK == 0:
-            loss = outputs["loss"].item()
-            print(f"step {driver.last_step}: loss {loss!r}, {driver.phase}{kind}", flush=True)
+        kind = f", {event.kind}" if event else ""
+        loss = outputs["loss"].item()
+        self.print(f"step {driver.last_step}: loss {loss!r}, {driver.phase}{kind}", flush=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
