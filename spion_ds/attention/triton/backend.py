@@ -19,8 +19,8 @@ from torch import Tensor
 from spion_ds.attention.derivatives import derivative_by
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
-from spion_ds.attention.triton.kernels import (
-    block_sparse_attention_bwd_kernel,
+from spion_ds.attention.triton.backward_kernels import block_sparse_attention_bwd_kernel
+from spion_ds.attention.triton.forward_kernels import (
     block_sparse_attention_fwd_kernel,
     real_keys_kernel,
 )
