@@ -56,6 +56,7 @@ def block_sparse_attention_bwd_kernel(
     heads: tl.tensor,
     queries: tl.tensor,
     keys: tl.tensor,
+    query_offset: tl.tensor,
     scale: tl.tensor,
     scale_log2: tl.tensor,
     HEAD_DIM: tl.constexpr,
@@ -122,6 +123,7 @@ def block_sparse_attention_bwd_kernel(
             (b, h, block * BLOCK + part * OWN),
             (col_idx, start, stop, whole),
             (queries, keys, scale, scale_log2),
+            query_offset,
             *(HEAD_DIM, D, PRECISION, GROUP, BLOCK, OWN, TILE, ROW_TAIL, CAUSAL),
         )
     elif COLUMNS:
@@ -141,6 +143,7 @@ def block_sparse_attention_bwd_kernel(
                 (b, kv_head, own),
                 (col_ptr, row_idx, num_cols, column, piece, pieces, reach),
                 (heads, num_rows * BLOCK, queries, keys, scale_log2),
+                query_offset,
                 *(HEAD_DIM, D, PRECISION, GROUP, PER_HEAD, BLOCK, OWN, TILE, COLUMN_TAIL, CAUSAL),
                 SKIP_PADDED,
             )
@@ -179,6 +182,7 @@ def _write_dq(
     place: tl.tuple,  # b, h, first own token
     partners: tl.tuple,  # column indices, start, stop, how many of the first are without padding
     sizes: tl.tuple,
+    query_offset: tl.tensor,  # or None
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -196,6 +200,7 @@ def _write_dq(
     queries, keys, scale, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     rows_O = own + lane_O
+    positions_O = rows_O if query_offset is None else rows_O + query_offset
     q_OD = load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     out_OD = load_tokens(out, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     grad_OD = load_tokens(grad, b, h, own, lane_O, queries, True, HEAD_DIM, D)
@@ -218,7 +223,7 @@ def _write_dq(
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             probs_OT = tl.exp2(scores_OT * scale_log2 - lse_O[:, None])
             if ends:
-                allowed_OT = allowed_entries(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(positions_O, tokens_T, keys, padding_ptr, CAUSAL)
                 probs_OT = tl.where(allowed_OT, probs_OT, 0.0)
             dprobs_OT = tl.dot(grad_OD, tl.trans(v_TD), input_precision=PRECISION)
             if dropout_ptr is not None:
@@ -240,6 +245,7 @@ def _sum_dk_dv(
     place: tl.tuple,  # b, kv_head, first own token
     partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces, reach
     sizes: tl.tuple,
+    query_offset: tl.tensor,  # or None
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -296,7 +302,8 @@ def _sum_dk_dv(
                 scores_OT = tl.dot(k_OD, tl.trans(q_TD), input_precision=PRECISION)
                 probs_OT = tl.exp2(scores_OT * scale_log2 - lse_T[None, :])
                 if CAUSAL:
-                    probs_OT = tl.where(own_O[:, None] <= rows_T[None, :], probs_OT, 0.0)
+                    positions_T = rows_T if query_offset is None else rows_T + query_offset
+                    probs_OT = tl.where(own_O[:, None] <= positions_T[None, :], probs_OT, 0.0)
                 dprobs_OT = tl.dot(v_OD, tl.trans(grad_TD), input_precision=PRECISION)
                 dropped_OT = probs_OT
                 if dropout_ptr is not None:

@@ -4,7 +4,8 @@ A program owns OWN tokens of one block (keys where it writes dK and dV, else que
 walks over the block's kept partners, TILE tokens at a time: a part of a block, a block, or several
 blocks gathered. Scores are in base 2: log2(e) is part of their scale. Sums are in a fixed order:
 the same inputs give the same bits.
-An argument that is None is compiled out: padding_ptr without padding, dropout_ptr without dropout.
+An argument that is None is compiled out: padding_ptr without padding, dropout_ptr without dropout,
+query_offset where the first query stands at position 0 or nothing is causal.
 
 Shape suffixes: B batch, H heads, L queries, M keys, O own tokens, T tokens of a tile, D head_dim
 padded to a power of two. A (B, H, L, head_dim) tensor is a tuple here: pointer and strides of
@@ -78,6 +79,7 @@ def block_sparse_attention_fwd_kernel(
     heads: tl.tensor,
     queries: tl.tensor,
     keys: tl.tensor,
+    query_offset: tl.tensor,  # position of the first query, a multiple of BLOCK; or None
     scale_log2: tl.tensor,  # above 0
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
@@ -99,6 +101,7 @@ def block_sparse_attention_fwd_kernel(
     b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
     own, lane_O = part * OWN, tl.arange(0, OWN)
     rows_O = own + lane_O
+    positions_O = rows_O if query_offset is None else rows_O + query_offset
     layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + part // parts
     start, stop = tl.load(layout_row), tl.load(layout_row + 1)
     whole = stop - start
@@ -129,7 +132,7 @@ def block_sparse_attention_fwd_kernel(
             tokens_T = first + others_T
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             if ends:
-                allowed_OT = allowed_entries(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(positions_O, tokens_T, keys, padding_ptr, CAUSAL)
                 scores_OT = tl.where(allowed_OT, scores_OT, float("-inf"))
                 if PRUNED_ZERO:
                     masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)
@@ -148,7 +151,7 @@ def block_sparse_attention_fwd_kernel(
     has_any_O = total_O > 0.0
     shift_O = tl.where(has_any_O, top_O * scale_log2, 0.0)
     if PRUNED_ZERO:
-        valid = tl.minimum(rows_O + 1, keys) if CAUSAL else keys
+        valid = tl.minimum(positions_O + 1, keys) if CAUSAL else keys
         if padding_ptr is not None:
             valid = tl.load(seen_ptr + b * keys + valid - 1)
         pruned_O = (valid - (tiles * TILE - masked_O)).to(tl.float32)

@@ -16,7 +16,7 @@ from spion_ds.attention.triton.dropout import combine
 DATA = ["row_ptr", "col_idx", "col_ptr", "row_idx", "col_order", "padding_ptr", "seen_ptr"]
 DATA += ["col_parts", "sums_ptr", "done_ptr", "num_parts", "spans_ptr"]
 DATA += ["dropout_ptr", "threshold"]
-DATA += ["num_rows", "num_cols", "heads", "queries", "keys"]
+DATA += ["num_rows", "num_cols", "heads", "queries", "keys", "query_offset"]
 
 # Below every score yet finite, so that a row that has met no key yet is no special case.
 LOWEST = tl.constexpr(-1.0e30)
@@ -113,7 +113,7 @@ def partner_tokens(
 
 @triton.jit
 def allowed_entries(
-    rows_O: tl.tensor,
+    positions_O: tl.tensor,
     tokens_T: tl.tensor,
     keys: tl.tensor,
     padding_ptr: tl.tensor,
@@ -125,7 +125,7 @@ def allowed_entries(
         allowed_T = allowed_T & (tl.load(padding_ptr + tokens_T, mask=allowed_T, other=0) != 0)
     allowed = allowed_T[None, :]
     if CAUSAL:
-        allowed = allowed & (tokens_T[None, :] <= rows_O[:, None])
+        allowed = allowed & (tokens_T[None, :] <= positions_O[:, None])
     return allowed
 
 
