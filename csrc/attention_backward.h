@@ -8,8 +8,9 @@ namespace {
 
 inline void write_delta(const Problem& p, int64_t b, int64_t h, int64_t row, float* memory) {
   const Workspace w(p, memory);
-  const int64_t end = smaller((row + 1) * p.block, p.query_ends[b]);
-  for (int64_t query = row * p.block; query < end; ++query) {
+  const Range queries = queries_of(p, row);
+  const int64_t end = smaller(queries.end, p.query_ends[b]);
+  for (int64_t query = queries.first; query < end; ++query) {
     const Piece one{query, 1};
     const float* out = partner_rows(p, p.out, b, h, one, false, w.partner[0]).data;
     const float* grad = partner_rows(p, p.grad, b, h, one, false, w.partner[1]).data;
@@ -75,8 +76,9 @@ inline void query_lane_gradients(const Problem& p, int64_t b, const QueryLanes& 
     for (int64_t i = 0; i < width; i += kLanes) {
       Ints allowed = real;
       if (rules.causal) {
-        const Ints query = lane_numbers() + static_cast<int32_t>(queries.first + i);
-        allowed &= query >= static_cast<int32_t>(key);
+        const Ints position =
+            lane_numbers() + static_cast<int32_t>(p.query_offset + queries.first + i);
+        allowed &= position >= static_cast<int32_t>(key);
       }
       const int64_t at = j * width + i;
       const Entries entries =
@@ -92,14 +94,14 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
   const Workspace w(p, memory);
   const int64_t kv_head = h / (p.heads / p.kv_heads);
   const int32_t* pointers = p.row_ptr + layout_index(p, h) * (p.num_rows + 1) + row;
-  for_pieces(row, p.block, p.query_ends[b], [&](const Piece& queries) {
+  for_pieces(queries_of(p, row), p.query_ends[b], [&](const Piece& queries) {
     const int64_t width = round_up(queries.count, kLanes);
     const QueryLanes lanes(p, b, h, queries, width);
     pack_owner(p, p.q, b, h, queries, width, w.partner[0], w.owner[0]);
     pack_owner(p, p.grad, b, h, queries, width, w.partner[0], w.owner[1]);
     fill(w.sum[0], p.head_dim * width, 0.0f);
     for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
-      for_pieces(p.col_idx[entry], p.block, p.key_ends[b], [&](const Piece& keys) {
+      for_pieces(keys_of(p, p.col_idx[entry]), p.key_ends[b], [&](const Piece& keys) {
         if (all_in_future(p, queries, keys) || all_padding(p, b, keys)) return;
         const Rows k = partner_rows(p, p.k, b, kv_head, keys, false, w.partner[0]);
         const Rows v = partner_rows(p, p.v, b, kv_head, keys, false, w.partner[1]);
@@ -115,7 +117,7 @@ inline void backward_row(const Problem& p, int64_t b, int64_t h, int64_t row, fl
     store_transposed(p.dtype, p.dq, b, h, queries.first, queries.count, width, p.head_dim, w.sum[0],
                      w.partner[0]);
   });
-  const Piece rest = rest_of_block(row, p.block, p.query_ends[b], p.queries);
+  const Piece rest = rest_of_block(queries_of(p, row), p.query_ends[b], p.queries);
   store_zeros(p.dtype, p.dq, b, h, rest.first, rest.count, p.head_dim);
 }
 
@@ -127,7 +129,7 @@ inline void key_lane_gradients(const Problem& p, int64_t b, int64_t h, const Pie
   const EntryRules rules(p, b, queries, keys);
   const int64_t row = (b * p.heads + h) * p.queries + queries.first;
   for (int64_t i = 0; i < queries.count; ++i) {
-    const int32_t query = static_cast<int32_t>(queries.first + i);
+    const int32_t position = static_cast<int32_t>(p.query_offset + queries.first + i);
     const uint32_t own_key = rules.dropout ? row_key(p, b, h, queries.first + i) : 0u;
     const Words row_keys = Words{} + own_key;
     const Words multipliers = Words{} + row_multiplier(own_key);
@@ -136,7 +138,7 @@ inline void key_lane_gradients(const Problem& p, int64_t b, int64_t h, const Pie
     for (int64_t j = 0; j < width; j += kLanes) {
       const Ints key = lane_numbers() + static_cast<int32_t>(keys.first + j);
       Ints allowed = load_as<Ints>(real + j);
-      if (rules.causal) allowed &= key <= query;
+      if (rules.causal) allowed &= key <= position;
       const int64_t at = i * width + j;
       const Entries entries = entries_of(rules, load(scores + at), load(grad_probs + at), negative_lse2,
                                          delta, allowed, row_keys, multipliers,
@@ -151,7 +153,7 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
                             const QueryGradients* dq, float* memory) {
   const Workspace w(p, memory);
   const int64_t group = p.heads / p.kv_heads;
-  for_pieces(column, p.block, p.key_ends[b], [&](const Piece& keys) {
+  for_pieces(keys_of(p, column), p.key_ends[b], [&](const Piece& keys) {
     const bool visible = !all_padding(p, b, keys);
     const int64_t width = round_up(keys.count, kLanes);
     uint32_t column_words[kPiece];
@@ -169,7 +171,7 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
       const int64_t h = kv_head * group + member;
       const int32_t* pointers = p.col_ptr + layout_index(p, h) * (p.num_cols + 1) + column;
       for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
-        for_pieces(p.row_idx[entry], p.block, p.query_ends[b], [&](const Piece& queries) {
+        for_pieces(queries_of(p, p.row_idx[entry]), p.query_ends[b], [&](const Piece& queries) {
           if (all_in_future(p, queries, keys)) return;
           const Rows q = partner_rows(p, p.q, b, h, queries, false, w.partner[0]);
           const Rows grad = partner_rows(p, p.grad, b, h, queries, false, w.partner[1]);
@@ -196,7 +198,7 @@ inline void backward_column(const Problem& p, int64_t b, int64_t kv_head, int64_
     store_transposed(p.dtype, p.dv, b, kv_head, keys.first, keys.count, width, p.head_dim, w.sum[1],
                      w.partner[0]);
   });
-  const Piece rest = rest_of_block(column, p.block, p.key_ends[b], p.keys);
+  const Piece rest = rest_of_block(keys_of(p, column), p.key_ends[b], p.keys);
   store_zeros(p.dtype, p.dk, b, kv_head, rest.first, rest.count, p.head_dim);
   store_zeros(p.dtype, p.dv, b, kv_head, rest.first, rest.count, p.head_dim);
 }

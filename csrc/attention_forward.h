@@ -14,7 +14,8 @@ inline void mask_scores(const Problem& p, int64_t b, const Piece& queries, const
   for (int64_t j = 0; j < keys.count; ++j) {
     const int64_t key = keys.first + j;
     // Lanes before `from` are excluded.
-    int64_t from = causal && key > queries.first ? smaller(key - queries.first, width) : 0;
+    const int64_t before = key - (p.query_offset + queries.first);
+    int64_t from = causal && before > 0 ? smaller(before, width) : 0;
     if (!is_real(p, b, key)) from = width;
     for (int64_t i = 0; i < from; ++i) scores[j * width + i] = -kInfinity;
   }
@@ -72,7 +73,8 @@ inline void count_pruned(const Problem& p, int64_t b, int64_t h, int64_t row, co
                          float* pruned) {
   const int32_t* pointers = p.row_ptr + layout_index(p, h) * (p.num_rows + 1) + row;
   for (int64_t i = 0; i < queries.count; ++i) {
-    const int64_t end = p.causal ? smaller(queries.first + i + 1, p.keys) : p.keys;
+    const int64_t position = p.query_offset + queries.first + i;
+    const int64_t end = p.causal ? smaller(position + 1, p.keys) : p.keys;
     int64_t count = real_keys(p, b, 0, end);
     for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
       const int64_t first = p.col_idx[entry] * p.block;
@@ -124,7 +126,7 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
   const Workspace w(p, memory);
   const int64_t kv_head = h / (p.heads / p.kv_heads);
   const int32_t* pointers = p.row_ptr + layout_index(p, h) * (p.num_rows + 1) + row;
-  for_pieces(row, p.block, p.query_ends[b], [&](const Piece& queries) {
+  for_pieces(queries_of(p, row), p.query_ends[b], [&](const Piece& queries) {
     const int64_t width = round_up(queries.count, kLanes);
     const QueryLanes lanes(p, b, h, queries, width);
     pack_owner(p, p.q, b, h, queries, width, w.partner[0], w.owner[0]);
@@ -136,7 +138,7 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
     fill(total, width, 0.0f);
     fill(w.sum[0], p.head_dim * width, 0.0f);
     for (int32_t entry = pointers[0]; entry < pointers[1]; ++entry) {
-      for_pieces(p.col_idx[entry], p.block, p.key_ends[b], [&](const Piece& keys) {
+      for_pieces(keys_of(p, p.col_idx[entry]), p.key_ends[b], [&](const Piece& keys) {
         if (all_in_future(p, queries, keys) || all_padding(p, b, keys)) return;
         const Rows k = partner_rows(p, p.k, b, kv_head, keys, false, w.partner[0]);
         const Rows v = partner_rows(p, p.v, b, kv_head, keys, false, w.partner[1]);
@@ -152,7 +154,7 @@ inline void forward_row(const Problem& p, int64_t b, int64_t h, int64_t row, flo
     store_transposed(p.dtype, p.out, b, h, queries.first, queries.count, width, p.head_dim,
                      w.sum[0], w.partner[0]);
   });
-  const Piece rest = rest_of_block(row, p.block, p.query_ends[b], p.queries);
+  const Piece rest = rest_of_block(queries_of(p, row), p.query_ends[b], p.queries);
   store_zeros(p.dtype, p.out, b, h, rest.first, rest.count, p.head_dim);
   fill(p.lse + (b * p.heads + h) * p.queries + rest.first, rest.count, kInfinity);
 }

@@ -22,6 +22,7 @@ struct Problem {
   DType dtype;
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
   int64_t block, num_rows, num_cols;
+  int64_t query_offset;  // position of the first query, whose block is the first of num_rows
   bool layout_per_head, causal, pruned_zero;
   float scale;
 

@@ -36,19 +36,35 @@ struct Piece {
   int64_t count;
 };
 
+// The tokens of a block, which may end past the sequence.
+struct Range {
+  int64_t first;
+  int64_t end;
+};
+
+SPION_DS_INLINE Range keys_of(const Problem& p, int64_t column) {
+  return {column * p.block, (column + 1) * p.block};
+}
+
+// The queries of a row of blocks, numbered as they lie in q.
+SPION_DS_INLINE Range queries_of(const Problem& p, int64_t row) {
+  const int64_t before = p.query_offset % p.block;
+  return {row == 0 ? 0 : row * p.block - before, (row + 1) * p.block - before};
+}
+
 // Calls visit(piece) for the pieces of a block's tokens before `end`, in ascending order.
 template <class Visit>
-SPION_DS_INLINE void for_pieces(int64_t block_index, int64_t block, int64_t end, Visit visit) {
-  end = smaller((block_index + 1) * block, end);
-  for (int64_t first = block_index * block; first < end; first += kPiece) {
+SPION_DS_INLINE void for_pieces(const Range& tokens, int64_t end, Visit visit) {
+  end = smaller(tokens.end, end);
+  for (int64_t first = tokens.first; first < end; first += kPiece) {
     visit(Piece{first, smaller(kPiece, end - first)});
   }
 }
 
-// Those of a block's tokens that for_pieces leaves out: from `end` on.
-inline Piece rest_of_block(int64_t block_index, int64_t block, int64_t end, int64_t tokens) {
-  const int64_t first = end > block_index * block ? end : block_index * block;
-  const int64_t last = smaller((block_index + 1) * block, tokens);
+// Those of a block's tokens that for_pieces leaves out: from `end` on, of `count` in all blocks.
+inline Piece rest_of_block(const Range& tokens, int64_t end, int64_t count) {
+  const int64_t first = end > tokens.first ? end : tokens.first;
+  const int64_t last = smaller(tokens.end, count);
   return {first, last > first ? last - first : 0};
 }
 
@@ -102,11 +118,11 @@ inline bool some_padding(const Problem& p, int64_t b, const Piece& keys) {
 
 // Whether every key of a piece comes after every query of the other.
 SPION_DS_INLINE bool all_in_future(const Problem& p, const Piece& queries, const Piece& keys) {
-  return p.causal && keys.first >= queries.first + queries.count;
+  return p.causal && keys.first >= p.query_offset + queries.first + queries.count;
 }
 
 SPION_DS_INLINE bool some_in_future(const Problem& p, const Piece& queries, const Piece& keys) {
-  return p.causal && keys.first + keys.count - 1 > queries.first;
+  return p.causal && keys.first + keys.count - 1 > p.query_offset + queries.first;
 }
 
 inline uint32_t row_key(const Problem& p, int64_t b, int64_t h, int64_t query) {

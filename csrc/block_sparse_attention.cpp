@@ -38,6 +38,7 @@ struct Settings {
   bool pruned_zero;
   double dropout_p;
   bool zero_padded_queries;
+  int64_t query_offset;
 };
 
 // keep_threshold of spion_ds/attention/dropout.py.
@@ -45,6 +46,11 @@ int32_t keep_threshold(double p) {
   // nearbyint rounds ties to even, as Python's round does.
   const double words = std::min(std::nearbyint(std::ldexp(p, 32)), 4294967295.0);
   return static_cast<int32_t>(static_cast<int64_t>(words) - (int64_t{1} << 31));
+}
+
+// How many rows of blocks the queries stand in.
+int64_t count_rows(const Tensor& q, const Settings& settings) {
+  return ceil_div(settings.query_offset % settings.block + q.size(2), settings.block);
 }
 
 // Throws unless pointers (heads, blocks + 1) and indices describe blocks of a layout that exist.
@@ -83,7 +89,10 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Layout& layo
               "cpu_attention: block is at least 1 and a sequence shorter than 2^31");
   TORCH_CHECK(settings.dropout_p >= 0.0 && settings.dropout_p < 1.0,
               "cpu_attention: dropout_p is in [0, 1), got ", settings.dropout_p);
-  const int64_t rows = ceil_div(q.size(2), settings.block);
+  TORCH_CHECK(settings.query_offset >= 0 && settings.query_offset < (int64_t{1} << 31) - q.size(2),
+              "cpu_attention: query_offset is 0 or more, and positions less than 2^31; got ",
+              settings.query_offset);
+  const int64_t rows = count_rows(q, settings);
   const int64_t columns = ceil_div(k.size(2), settings.block);
   check_index("rows", layout.row_ptr, layout.col_idx, q.size(1), rows, columns);
   check_index("columns", layout.col_ptr, layout.row_idx, q.size(1), columns, rows);
@@ -93,9 +102,10 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Layout& layo
   TORCH_CHECK(!real || (real->scalar_type() == at::kBool && real->dim() == 2 &&
                         real->size(0) == k.size(0) && real->size(1) == k.size(2)),
               "cpu_attention: key_padding_mask is bool (batch, M)");
-  TORCH_CHECK(!settings.zero_padded_queries || (real && q.size(2) == k.size(2)),
-              "cpu_attention: zero_padded_queries takes a key_padding_mask, and as many queries as ",
-              "keys");
+  TORCH_CHECK(!settings.zero_padded_queries ||
+                  (real && q.size(2) == k.size(2) && settings.query_offset == 0),
+              "cpu_attention: zero_padded_queries takes a key_padding_mask, as many queries as ",
+              "keys, and no query_offset");
   TORCH_CHECK(settings.dropout_p == 0.0 ||
                   (dropout_key && dropout_key->scalar_type() == at::kInt &&
                    dropout_key->dim() == 1 && dropout_key->size(0) == q.size(0)),
@@ -118,9 +128,10 @@ struct Call {
     problem.keys = k.size(2);
     problem.head_dim = q.size(3);
     problem.block = settings.block;
-    problem.num_rows = ceil_div(q.size(2), settings.block);
+    problem.num_rows = count_rows(q, settings);
     problem.num_cols = ceil_div(k.size(2), settings.block);
     problem.layout_per_head = layout.row_ptr.size(0) > 1;
+    problem.query_offset = settings.query_offset;
     problem.causal = settings.causal;
     problem.pruned_zero = settings.pruned_zero;
     problem.scale = static_cast<float>(settings.scale);
@@ -221,9 +232,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    const std::optional<Tensor>& key_padding_mask,
                                    const std::optional<Tensor>& dropout_key, int64_t block,
                                    double scale, bool causal, bool pruned_zero, double dropout_p,
-                                   bool zero_padded_queries) {
+                                   bool zero_padded_queries, int64_t query_offset) {
   Call call(q, k, v, {row_ptr, col_idx, col_ptr, row_idx}, key_padding_mask, dropout_key,
-            {block, scale, causal, pruned_zero, dropout_p, zero_padded_queries});
+            {block, scale, causal, pruned_zero, dropout_p, zero_padded_queries, query_offset});
   Problem& problem = call.problem;
   Tensor out = at::empty_like(call.q);
   Tensor lse = at::empty({problem.batch, problem.heads, problem.queries},
@@ -306,9 +317,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& lse_in, const Tensor& row_ptr, const Tensor& col_idx, const Tensor& col_ptr,
     const Tensor& row_idx, const std::optional<Tensor>& key_padding_mask,
     const std::optional<Tensor>& dropout_key, int64_t block, double scale, bool causal,
-    bool pruned_zero, double dropout_p, bool zero_padded_queries) {
+    bool pruned_zero, double dropout_p, bool zero_padded_queries, int64_t query_offset) {
   Call call(q, k, v, {row_ptr, col_idx, col_ptr, row_idx}, key_padding_mask, dropout_key,
-            {block, scale, causal, pruned_zero, dropout_p, zero_padded_queries});
+            {block, scale, causal, pruned_zero, dropout_p, zero_padded_queries, query_offset});
   Problem& problem = call.problem;
   TORCH_CHECK(grad_in.sizes() == q.sizes() && out_in.sizes() == q.sizes() &&
                   grad_in.scalar_type() == q.scalar_type() &&
@@ -349,13 +360,14 @@ TORCH_LIBRARY_FRAGMENT(spion_ds, m) {
   m.def(
       "cpu_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col_idx, "
       "Tensor col_ptr, Tensor row_idx, Tensor? key_padding_mask, Tensor? dropout_key, int block, "
-      "float scale, bool causal, bool pruned_zero, float dropout_p, bool zero_padded_queries) "
-      "-> (Tensor, Tensor)");
+      "float scale, bool causal, bool pruned_zero, float dropout_p, bool zero_padded_queries, "
+      "int query_offset=0) -> (Tensor, Tensor)");
   m.def(
       "cpu_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor row_ptr, Tensor col_idx, Tensor col_ptr, Tensor row_idx, Tensor? key_padding_mask, "
       "Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
-      "float dropout_p, bool zero_padded_queries) -> (Tensor, Tensor, Tensor)");
+      "float dropout_p, bool zero_padded_queries, int query_offset=0) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(spion_ds, CPU, m) {

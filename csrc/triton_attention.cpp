@@ -48,6 +48,7 @@ struct Settings {
   double scale;
   bool causal, pruned_zero, skip_padded;
   double dropout_p;
+  int64_t query_offset;
 };
 
 // What a call takes besides q, k and v; kept for its backward pass.
@@ -250,6 +251,7 @@ class Calls {
                s.block,
                bits(s.scale),
                bits(s.dropout_p),
+               s.query_offset,
                s.causal + 2 * s.pruned_zero + 4 * s.skip_padded + 8 * rest.padding.has_value() +
                    16 * rest.dropout_key.has_value(),
                rest.index[0].size(0),   // layouts
@@ -303,13 +305,15 @@ class PythonOperator {
     const auto& [a, b, c, d, e, f] = rest.index;
     const Settings& s = rest.settings;
     return operator_.call(tensors..., a, b, c, d, e, f, rest.padding, rest.dropout_key, s.block,
-                          s.scale, s.causal, s.pruned_zero, s.skip_padded, s.dropout_p);
+                          s.scale, s.causal, s.pruned_zero, s.skip_padded, s.dropout_p,
+                          s.query_offset);
   }
 
  private:
   using Signature = Results(const Tensors&..., const Tensor&, const Tensor&, const Tensor&,
                             const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                            const OptionalTensor&, int64_t, double, bool, bool, bool, double);
+                            const OptionalTensor&, int64_t, double, bool, bool, bool, double,
+                            int64_t);
   c10::TypedOperatorHandle<Signature> operator_;
 };
 
@@ -447,12 +451,13 @@ Tensor triton_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const Tensor& col_order, const Tensor& col_parts,
                         const OptionalTensor& padding, const OptionalTensor& dropout_key,
                         int64_t block, double scale, bool causal, bool pruned_zero,
-                        bool skip_padded, double dropout_p, int64_t stream) {
+                        bool skip_padded, double dropout_p, int64_t query_offset,
+                        int64_t stream) {
   auto rest = c10::make_intrusive<Rest>();
   rest->index = {row_ptr, col_idx, col_ptr, row_idx, col_order, col_parts};
   rest->padding = padding;
   rest->dropout_key = dropout_key;
-  rest->settings = {block, scale, causal, pruned_zero, skip_padded, dropout_p};
+  rest->settings = {block, scale, causal, pruned_zero, skip_padded, dropout_p, query_offset};
   rest->stream = stream;
   if (is_watched(q)) {
     static const ForwardOperator<> watched("spion_ds::block_sparse_attention_fwd");
@@ -468,6 +473,6 @@ TORCH_LIBRARY_FRAGMENT(spion_ds, m) {
       "triton_attention(Tensor q, Tensor k, Tensor v, Tensor row_ptr, Tensor col_idx, "
       "Tensor col_ptr, Tensor row_idx, Tensor col_order, Tensor col_parts, Tensor? padding, "
       "Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
-      "bool skip_padded, float dropout_p, int stream) -> Tensor",
+      "bool skip_padded, float dropout_p, int query_offset, int stream) -> Tensor",
       &triton_attention);
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from spion_ds.attention.available import HAS_TRITON
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
+from spion_ds.attention.query_rows import rows_of_queries
 from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
 from spion_ds.errors import ConfigError, unknown_name
@@ -32,6 +33,7 @@ def block_sparse_attention(
     dropout_p: float = 0.0,
     dropout_key: Tensor | None = None,
     zero_padded_queries: bool = False,
+    query_offset: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Return attention restricted to the layout's blocks, (batch, heads, L, head_dim).
@@ -40,8 +42,9 @@ def block_sparse_attention(
         q: (batch, heads, L, head_dim), bf16, fp16, fp32 or fp64, contiguous or strided. Under
             autocast q, k and v are cast to its dtype first, as in scaled_dot_product_attention.
         k, v: (batch, kv_heads, M, head_dim) in q's dtype; kv_heads divides heads.
-        layout: kept blocks; ceil(L / block) rows and ceil(M / block) columns, for all heads or
-            one layout a head. A query row that keeps nothing gives zeros and zero gradients.
+        layout: kept blocks, for all heads or one layout a head: ceil(M / block) columns and at
+            least ceil((query_offset + L) / block) rows. A query row that keeps nothing gives
+            zeros and zero gradients.
         key_padding_mask: (batch, M) bool, True = real token. Padded keys are never attended to.
         causal: mask entries above the diagonal inside kept blocks. Blocks wholly above the
             diagonal are an error in the layout.
@@ -54,6 +57,10 @@ def block_sparse_attention(
         zero_padded_queries: in self-attention, give zeros for the queries that
             ``key_padding_mask`` calls padding, and no gradients. Where nobody reads them this
             saves their work.
+        query_offset: the position of the first query, for decoding with a cache of keys and for
+            long inputs in chunks: query i stands at position query_offset + i, reads that
+            position's block row of the layout, and under ``causal`` sees the keys up to it.
+            Not with dropout and not with zero_padded_queries.
         backend: ``"reference"`` is the specification, the others cost in proportion to the kept
             blocks. ``"auto"`` takes triton on a GPU, cpp on a CPU, and torch where those cannot
             serve; on a GPU of compute capability 9.0 hopper instead, where its kernels serve, are
@@ -65,7 +72,14 @@ def block_sparse_attention(
             names what and what is allowed.
     """
     check_tensors(q, k, v, key_padding_mask)
-    _check_layout(layout, q, k, causal)
+    _check_query_offset(query_offset, dropout_p, zero_padded_queries)
+    _check_layout(layout, q, k, query_offset)
+    rows = rows_of_queries(layout, q.shape[2], query_offset)
+    if causal and rows.above_diagonal:
+        raise ConfigError(
+            "causal=True, but the layout keeps blocks wholly above the diagonal; remove them with "
+            "mask.tril() before BlockLayout.from_mask"
+        )
     zero_padded_queries = zero_padded_queries and key_padding_mask is not None
     if zero_padded_queries and q.shape[2] != k.shape[2]:
         raise ConfigError(
@@ -88,14 +102,23 @@ def block_sparse_attention(
     with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         options = AttentionOptions(
-            key_padding_mask, causal, scale, pruned, dropout_p, dropout_key, zero_padded_queries
+            *(key_padding_mask, causal, scale, pruned, dropout_p, dropout_key),
+            *(zero_padded_queries, query_offset),
         )
         if backend == "auto":
             backend = choose_backend(q, layout, options)
-        return _implementation(backend)(q, k, v, layout, options)
+        given = layout if backend == "reference" else rows
+        return _implementation(backend)(q, k, v, given, options)
 
 
-def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = "auto") -> None:
+def prepare_layout(
+    q: Tensor,
+    k: Tensor,
+    layout: BlockLayout,
+    *,
+    query_offset: int | None = None,
+    backend: str = "auto",
+) -> None:
     """Derive now what passes over tensors like ``q`` and ``k`` need of a layout on the host.
 
     Such a pass does that itself, once a layout and shape. But torch.compile cannot trace it and a
@@ -106,19 +129,25 @@ def prepare_layout(q: Tensor, k: Tensor, layout: BlockLayout, *, backend: str = 
             in the dtype that attention gets; its values are not read.
         k: (batch, kv_heads, M, head_dim).
         layout: as in :func:`block_sparse_attention`.
-        backend: the one that will be asked for; only hopper's kernels need something so far.
+        query_offset: the passes' own, whose rows of the layout are then kept as long as the layout;
+            None for passes of as many queries as the layout has rows for.
+        backend: the one that will be asked for; hopper's kernels need lists of work.
 
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices, layout or backend do not fit.
     """
     check_tensors(q, k, k, None)
-    _check_layout(layout, q, k, causal=False)
+    if query_offset is not None:
+        _check_query_offset(query_offset)
+    _check_layout(layout, q, k, query_offset)
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
+    query_offset = query_offset or 0
+    layout = rows_of_queries(layout, q.shape[2], query_offset, hold=True)
     if backend == "hopper" or (backend == "auto" and q.is_cuda):
         from spion_ds.attention.hopper import backend as hopper_backend
 
-        hopper_backend.prepare(q, k, layout, backend)
+        hopper_backend.prepare(q, k, layout, backend, query_offset)
 
 
 def choose_backend(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str:
@@ -194,12 +223,46 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
-def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> None:
-    rows, cols = -(-q.shape[2] // layout.block), -(-k.shape[2] // layout.block)
-    if (layout.num_rows, layout.num_cols) != (rows, cols):
+def _check_query_offset(
+    query_offset: int, dropout_p: float = 0.0, zero_padded_queries: bool = False
+) -> None:
+    if not isinstance(query_offset, int) or isinstance(query_offset, bool) or query_offset < 0:
+        raise ConfigError(
+            f"query_offset is {query_offset!r}; allowed: an int from 0 up, the position of the "
+            "first query"
+        )
+    if query_offset == 0:
+        return
+    if dropout_p > 0.0:
+        raise ConfigError(
+            f"query_offset is {query_offset} and dropout_p {dropout_p}; allowed: one of the two. "
+            "What dropout drops is a function of a query's number in its call, so a part of the "
+            "queries would not be treated as in the whole; set dropout_p=0.0"
+        )
+    if zero_padded_queries:
+        raise ConfigError(
+            f"query_offset is {query_offset} and zero_padded_queries True; allowed: one of the "
+            "two. zero_padded_queries is for self-attention, where key_padding_mask is of the "
+            "queries too; set zero_padded_queries=False"
+        )
+
+
+def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, query_offset: int | None) -> None:
+    """Raise unless the layout fits; ``query_offset`` None: with no more rows than q needs."""
+    if isinstance(layout, Tensor):
+        raise ConfigError(
+            f"layout is a Tensor {tuple(layout.shape)}, a mask where a layout belongs: "
+            "BlockLayout.from_mask(mask, block)"
+        )
+    queries, keys, first = q.shape[2], k.shape[2], query_offset or 0
+    rows, cols = -(-(first + queries) // layout.block), -(-keys // layout.block)
+    enough = layout.num_rows == rows if query_offset is None else layout.num_rows >= rows
+    if not enough or layout.num_cols != cols or queries == 0:
+        where = f" from position {first} on" if first else ""
         raise ConfigError(
             f"the layout is {layout.num_rows}×{layout.num_cols} blocks of {layout.block}; "
-            f"{q.shape[2]} queries and {k.shape[2]} keys need {rows}×{cols}"
+            f"{queries} queries{where} and {keys} keys need {rows}×{cols}"
+            f"{'' if query_offset is None else ', or more rows'}"
         )
     if layout.heads not in (1, q.shape[1]):
         raise ConfigError(
@@ -208,11 +271,6 @@ def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor, causal: bool) -> No
     if layout.device != q.device:
         raise ConfigError(
             f"the layout is on {layout.device}, q on {q.device}; call layout.to({str(q.device)!r})"
-        )
-    if causal and layout.above_diagonal:
-        raise ConfigError(
-            "causal=True, but the layout keeps blocks wholly above the diagonal; remove them with "
-            "mask.tril() before BlockLayout.from_mask"
         )
 
 

@@ -18,6 +18,9 @@ class AttentionOptions(NamedTuple):
         dropout_p: probability of dropping a kept probability.
         dropout_key: (batch,) int32; None only without dropout.
         zero_padded_queries: whether queries that the mask calls padding give zeros.
+        query_offset: the position of the first query. The specification gets the whole layout; the
+            other backends get the block rows from the one of this position to that of the last
+            query (query_rows.py), so that the first one may begin before the first query.
     """
 
     key_padding_mask: Tensor | None
@@ -27,6 +30,7 @@ class AttentionOptions(NamedTuple):
     dropout_p: float
     dropout_key: Tensor | None
     zero_padded_queries: bool
+    query_offset: int = 0
 
     def zeroed(self, out: Tensor) -> Tensor:
         """Return (batch, heads, L, head_dim) with zeros for padded queries where that is asked."""

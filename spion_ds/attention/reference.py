@@ -22,6 +22,7 @@ def block_sparse_attention_reference(
 ) -> Tensor:
     """Return (B, H, L, D) attention over the kept blocks; arguments as in the public function.
 
+    Query i stands at position ``options.query_offset + i``, in the layout and under ``causal``.
     With ``pruned="zero"`` a pruned entry counts as logit 0 in the softmax's denominator and adds
     nothing to the output (SPION); with ``"excluded"`` it is absent (DeepSpeed).
     """
@@ -29,8 +30,9 @@ def block_sparse_attention_reference(
     k_BHMD = k_BHMD.repeat_interleave(groups, dim=1)
     v_BHMD = v_BHMD.repeat_interleave(groups, dim=1)
 
-    valid_BHLM = valid_entries(q_BHLD, k_BHMD, options.key_padding_mask, options.causal)
-    kept_BHLM = valid_BHLM & token_mask(layout, q_BHLD.shape[2], k_BHMD.shape[2])
+    first, last = options.query_offset, options.query_offset + q_BHLD.shape[2]
+    valid_BHLM = valid_entries(q_BHLD, k_BHMD, options.key_padding_mask, options.causal, first)
+    kept_BHLM = valid_BHLM & token_mask(layout, last, k_BHMD.shape[2])[:, first:]
 
     scores_BHLM = (q_BHLD @ k_BHMD.transpose(-2, -1)) * options.scale
     scores_BHLM = scores_BHLM.masked_fill(~kept_BHLM, float("-inf"))
@@ -63,7 +65,11 @@ def token_mask(layout: BlockLayout, queries: int, keys: int) -> Tensor:
 
 
 def valid_entries(
-    q_BHLD: Tensor, k_BHMD: Tensor, key_padding_mask: Tensor | None, causal: bool
+    q_BHLD: Tensor,
+    k_BHMD: Tensor,
+    key_padding_mask: Tensor | None,
+    causal: bool,
+    query_offset: int = 0,
 ) -> Tensor:
     """Return the entries that neither padding nor causality excludes, bool (B, H, L, M)."""
     batch, heads, queries, _ = q_BHLD.shape
@@ -71,7 +77,7 @@ def valid_entries(
     valid = torch.ones((batch, heads, queries, keys), dtype=torch.bool, device=q_BHLD.device)
     if key_padding_mask is not None:
         valid &= key_padding_mask[:, None, None, :]
-    return valid.tril() if causal else valid
+    return valid.tril(query_offset) if causal else valid
 
 
 def attention_keep_mask(dropout_key: Tensor, shape: torch.Size, p: float) -> Tensor:

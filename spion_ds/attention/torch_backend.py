@@ -39,6 +39,7 @@ class _Settings:
     causal: bool
     pruned: str
     dropout_p: float
+    row_offset: int  # position of the layout's first row of tokens
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def block_sparse_attention_torch(
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     length, key_length = q.shape[2], k.shape[2]
-    query_pad = layout.num_rows * layout.block - length
+    before = options.query_offset % layout.block
+    query_pad = layout.num_rows * layout.block - before - length
     key_pad = layout.num_cols * layout.block - key_length
     valid = options.key_padding_mask
     if key_pad:
@@ -119,13 +121,14 @@ def block_sparse_attention_torch(
             valid = torch.ones((k.shape[0], key_length), dtype=torch.bool, device=k.device)
         k, v = F.pad(k, (0, 0, 0, key_pad)), F.pad(v, (0, 0, 0, key_pad))
         valid = F.pad(valid, (0, key_pad))
-    if query_pad:
-        q = F.pad(q, (0, 0, 0, query_pad))
+    if before or query_pad:
+        q = F.pad(q, (0, 0, before, query_pad))
     settings = _Settings(
-        *(layout.block, options.scale, options.causal, options.pruned, options.dropout_p)
+        *(layout.block, options.scale, options.causal, options.pruned, options.dropout_p),
+        options.query_offset - before,
     )
     out = _BlockSparseAttention.apply(q, k, v, layout, settings, valid, options.dropout_key)
-    return options.zeroed(out[:, :, :length])
+    return options.zeroed(out[:, :, before : before + length])
 
 
 class _BlockSparseAttention(torch.autograd.Function):
@@ -253,7 +256,8 @@ def _pruned_count(
         valid = x.valid
         if valid is None:
             valid = torch.ones((1, tokens), dtype=torch.bool, device=x.q.device)
-        row = torch.arange(queries, device=x.q.device).clamp(max=tokens - 1)
+        row = torch.arange(queries, device=x.q.device) + settings.row_offset
+        row = row.clamp_(max=tokens - 1)
         seen = valid.cumsum(dim=1)[:, None, row, None]  # keys up to the query, (B, 1, N, 1)
         return _take(seen, group.members, settings.block) - kept
     if x.valid is not None:
@@ -277,7 +281,8 @@ def _allowed(
     if settings.causal:
         member, partner = _positions(group, block)
         member, partner = member[:, :, None], partner[:, None, :]
-        masks.append((partner <= member) if rows_are_members else (member <= partner))
+        key, query = (partner, member) if rows_are_members else (member, partner)
+        masks.append(key <= query + settings.row_offset)
     if not masks:
         return None
     allowed = masks[0]

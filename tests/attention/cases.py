@@ -101,6 +101,7 @@ class Case:
     dropout_p: float = 0.0
     pruned: str = "zero"
     scale: float | None = None
+    query_offset: int = 0  # the queries before it are left out
 
     def __str__(self) -> str:
         words = [f"block{self.block}", f"dim{self.head_dim}", str(self.dtype)[6:], self.lengths]
@@ -109,6 +110,7 @@ class Case:
             name for name in ("zero_padded", "per_head", "causal", "grouped") if getattr(self, name)
         ]
         words += ["dropout"] if self.dropout_p else []
+        words += [f"from{self.query_offset}"] if self.query_offset else []
         return "-".join([*words, *([] if self.scale is None else ["scale"])])
 
     def runnable(self, backend: str, device: torch.device) -> Case:
@@ -161,11 +163,12 @@ class Results(NamedTuple):
 def make(case: Case, size: Size, device: torch.device) -> Inputs:
     """Draw the case's tensors; the same ones on every machine."""
     torch.manual_seed(zlib.crc32(str(case).encode()))
-    queries, keys = token_counts(case, size)
+    end, keys = token_counts(case, size)
+    queries = end - case.query_offset
     kv_heads = size.heads // 2 if case.grouped else size.heads
     q, grad = (torch.randn(size.batch, size.heads, queries, case.head_dim) for _ in range(2))
     k, v = (torch.randn(size.batch, kv_heads, keys, case.head_dim) for _ in range(2))
-    layout = BlockLayout.from_mask(draw_mask(case, queries, keys, size.heads), case.block)
+    layout = BlockLayout.from_mask(draw_mask(case, end, keys, size.heads), case.block)
     padding = draw_padding(case.padding, size.batch, keys)
     dropout_key = torch.randint(-(2**31), 2**31 - 1, (size.batch,), dtype=torch.int32)
     options = {
@@ -176,6 +179,7 @@ def make(case: Case, size: Size, device: torch.device) -> Inputs:
         "dropout_p": case.dropout_p,
         "dropout_key": dropout_key.to(device) if case.dropout_p else None,
         "zero_padded_queries": case.zero_padded and queries == keys,
+        "query_offset": case.query_offset,
     }
     tensors = (x.to(device, case.dtype) for x in (q, k, v, grad))
     return Inputs(*tensors, layout.to(device), options)

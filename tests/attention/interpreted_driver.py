@@ -30,6 +30,8 @@ CASES = (
     Case(dtype=torch.float16, per_head=True, grouped=True, dropout_p=0.3, padding="tail"),
     Case(padding="holes", lengths="odd", zero_padded=True, scale=0.3),
     Case(head_dim=64, dtype=torch.float16, causal=True, pruned="excluded", kept="empty_rows"),
+    Case(dtype=torch.float16, causal=True, padding="tail", query_offset=21),
+    Case(head_dim=64, causal=True, grouped=True, lengths="more_keys", query_offset=32),
 )
 
 _DRIVER = """

@@ -102,12 +102,12 @@ def fixed(value):
 @pytest.mark.parametrize("case", [Case(), MIXED], ids=str)
 def test_a_new_layout_changes_nothing_that_is_compiled_in(case, device, monkeypatch):
     from spion_ds.attention.triton import backend as triton_backend
-    from spion_ds.attention.triton import kernels as triton_kernels
+    from spion_ds.attention.triton.tokens import DATA
 
     kernels = {}
     for name in ("fwd", "bwd"):
         name = f"block_sparse_attention_{name}_kernel"
-        kernels[name] = Launches(getattr(triton_backend, name), triton_kernels._DATA)
+        kernels[name] = Launches(getattr(triton_backend, name), DATA)
         monkeypatch.setattr(triton_backend, name, kernels[name])
     inputs = make(case, SMALLER, device)
     shape = inputs.layout.to_mask().shape

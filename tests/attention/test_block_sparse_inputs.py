@@ -157,6 +157,26 @@ def test_the_call_without_changes_is_fine():
             {"layout": BlockLayout.from_mask(torch.ones(3, 3), 16), "causal": True},
             "blocks wholly above the diagonal; remove them with mask.tril",
         ),
+        (
+            {"layout": torch.ones(3, 3, dtype=torch.bool)},
+            r"a mask where a layout belongs: BlockLayout.from_mask\(mask, block\)",
+        ),
+        ({"query_offset": -1}, "query_offset is -1; allowed: an int from 0 up"),
+        ({"query_offset": 1.0}, "query_offset is 1.0; allowed: an int"),
+        ({"query_offset": True}, "query_offset is True; allowed: an int"),
+        (
+            {"query_offset": 9},
+            "3×3 blocks of 16; 40 queries from position 9 on and 40 keys need 4×3, or more rows",
+        ),
+        (
+            {"query_offset": 8, "dropout_p": 0.1},
+            "query_offset is 8 and dropout_p 0.1; .* What dropout drops is a function of",
+        ),
+        (
+            {"query_offset": 8, "zero_padded_queries": True},
+            "query_offset is 8 and zero_padded_queries True; allowed: one of the two",
+        ),
+        ({"q": torch.randn(2, 4, 0, 8)}, "0 queries and 40 keys need 0×3"),
         ({"pruned": "zeros"}, "pruned mode 'zeros'.*did you mean 'zero'.*known: excluded, zero"),
         ({"backend": "tritn"}, "backend 'tritn'.*did you mean 'triton'.*known: auto"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0; allowed: 0 up to, not including, 1"),

@@ -42,6 +42,7 @@ def block_sparse_attention_cpu(
         *(options.key_padding_mask, options.dropout_key if options.dropout_p > 0.0 else None),
         *(layout.block, options.scale, options.causal),
         *(options.pruned == "zero", options.dropout_p, options.zero_padded_queries),
+        options.query_offset,
     )
     return out
 
@@ -70,7 +71,7 @@ def _ready() -> None:
 
 # The operator is there once the library is loaded.
 _setup_context, _backward = derivative_by(
-    lambda *arguments: torch.ops.spion_ds.cpu_attention_bwd(*arguments), settings=6
+    lambda *arguments: torch.ops.spion_ds.cpu_attention_bwd(*arguments), settings=7
 )
 
 

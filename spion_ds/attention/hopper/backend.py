@@ -21,6 +21,7 @@ from spion_ds.attention.derivatives import derivative_by
 from spion_ds.attention.hopper.plan import TOKENS, Problem, WorkLists, work_lists
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
+from spion_ds.attention.query_rows import in_whole_blocks
 from spion_ds.errors import ConfigError
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -48,6 +49,8 @@ def block_sparse_attention_hopper(
     if reason is not None:
         raise ConfigError(reason)
     load()
+    queries, before = q.shape[2], options.query_offset % layout.block
+    q = in_whole_blocks(q, options.query_offset, layout.block)
     padding = options.key_padding_mask
     arguments = (
         *(q, k, v, *work_lists(layout, Problem.of(q, k)), padding),
@@ -55,8 +58,10 @@ def block_sparse_attention_hopper(
         options.zero_padded_queries and padding is not None,
     )
     if torch.compiler.is_compiling():
-        return _fwd_op(*arguments)[0]
-    return _BlockSparseAttention.apply(*arguments)
+        out = _fwd_op(*arguments)[0]
+    else:
+        out = _BlockSparseAttention.apply(*arguments)
+    return out[:, :, before : before + queries] if before else out
 
 
 def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
@@ -80,11 +85,12 @@ def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> st
 def is_faster(q: Tensor, options: AttentionOptions) -> bool:
     """Return whether ``backend="auto"`` prefers these kernels to Triton's where both serve.
 
-    The rule: no padding mask, and head_dim 128, or head_dim 64 and at least 4096 queries.
+    The rule: no padding mask, no query offset, and head_dim 128, or head_dim 64 and at least 4096
+    queries.
     """
     # Triton's kernels leave padding out, these compute it, and how much there is only the GPU
-    # knows.
-    if options.key_padding_mask is not None:
+    # knows. And every other offset has other rows, with work lists of their own.
+    if options.key_padding_mask is not None or options.query_offset:
         return False
     # Forward + backward on an H100 over dense cuDNN, theirs : Triton's, at densities .25, .10, .05
     # (benchmarks/results, 2026-11-26-h100.md : 2026-11-24-h100.md; at 4096 both of the former):
@@ -102,12 +108,17 @@ def serves_auto(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> bo
     return unsupported(q, layout, options) is None and is_faster(q, options) and is_built()
 
 
-def prepare(q: Tensor, k: Tensor, layout: BlockLayout, backend: str) -> None:
-    """Derive the work lists of passes over ``q`` and ``k``, if these kernels can serve them."""
-    options = AttentionOptions(None, False, q.shape[3] ** -0.5, "zero", 0.0, None, False)
+def prepare(q: Tensor, k: Tensor, layout: BlockLayout, backend: str, query_offset: int = 0) -> None:
+    """Derive the work lists of passes over ``q`` and ``k``, if these kernels can serve them.
+
+    ``layout`` has the rows of the queries, of which the first stands at ``query_offset``.
+    """
+    scale = q.shape[3] ** -0.5
+    options = AttentionOptions(None, False, scale, "zero", 0.0, None, False, query_offset)
     if backend == "auto" and not serves_auto(q, layout, options):
         return
     if unsupported(q, layout, options) is None:
+        q = in_whole_blocks(q, query_offset, layout.block)
         work_lists(layout, Problem.of(q, k))
 
 

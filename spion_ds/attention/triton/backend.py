@@ -19,8 +19,9 @@ from torch import Tensor
 from spion_ds.attention.derivatives import derivative_by
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
-from spion_ds.attention.triton.kernels import (
-    block_sparse_attention_bwd_kernel,
+from spion_ds.attention.query_rows import in_whole_blocks
+from spion_ds.attention.triton.backward_kernels import block_sparse_attention_bwd_kernel
+from spion_ds.attention.triton.forward_kernels import (
     block_sparse_attention_fwd_kernel,
     real_keys_kernel,
 )
@@ -60,6 +61,9 @@ def block_sparse_attention_triton(
     if scale <= 0.0:
         # The kernels take the largest unscaled score for the largest scaled one.
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
+    queries, before = q.shape[2], options.query_offset % layout.block
+    # A token of decoding then has the same shape at every place in a block.
+    q = in_whole_blocks(q, options.query_offset, layout.block)
     padding = options.key_padding_mask
     padding = None if padding is None else padding.contiguous()
     key = options.dropout_key if options.dropout_p > 0.0 else None
@@ -70,16 +74,22 @@ def block_sparse_attention_triton(
     settings = _Settings(
         *(layout.block, scale, options.causal, options.pruned == "zero"),
         *(options.zero_padded_queries and padding is not None, options.dropout_p),
+        options.query_offset - before if options.causal else 0,
     )
     arguments = (q, k, v, *index, padding, key, *settings)
     if torch.compiler.is_compiling() or hooked() or not operators_available():
-        return _fwd_op(*arguments)[0]
-    stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else 0
-    return torch.ops.spion_ds.triton_attention.default(*arguments, stream)
+        out = _fwd_op(*arguments)[0]
+    else:
+        stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else 0
+        out = torch.ops.spion_ds.triton_attention.default(*arguments, stream)
+    return out[:, :, before : before + queries] if before else out
 
 
 class _Settings(NamedTuple):
-    """What the operators take besides tensors."""
+    """What the operators take besides tensors.
+
+    Under ``causal`` the first query stands at position ``query_offset``, a multiple of ``block``.
+    """
 
     block: int
     scale: float
@@ -87,6 +97,7 @@ class _Settings(NamedTuple):
     pruned_zero: bool
     skip_padded: bool
     dropout_p: float
+    query_offset: int = 0
 
 
 def _forward(
@@ -116,7 +127,7 @@ def _forward(
         (lse, row_ptr, col_idx, seen, spans),
         padding,
         dropout_key,
-        (num_rows, heads, queries, keys, settings.scale * _LOG2_E),
+        (num_rows, heads, queries, keys, _offset(settings), settings.scale * _LOG2_E),
         (
             *_shape_constants(q, k, row_ptr),
             *_tile_constants(tiles, block, settings.causal or keys % block != 0),
@@ -173,7 +184,7 @@ def _backward(
             (lse, delta, *index, sums, done, spans),
             padding,
             dropout_key,
-            (num_rows, num_cols, parts, heads, queries, keys, *scales),
+            (num_rows, num_cols, parts, heads, queries, keys, _offset(settings), *scales),
             (
                 *shape,
                 *_tile_constants(tiles, block, causal or keys % block != 0),
@@ -214,6 +225,11 @@ def _real_keys(
     return seen, spans
 
 
+def _offset(settings: _Settings) -> int | None:
+    """Return the kernels' query_offset, which is compiled out where it changes nothing."""
+    return settings.query_offset if settings.causal and settings.query_offset else None
+
+
 def _shape_constants(q: Tensor, k: Tensor, pointers: Tensor) -> tuple[int, int, str, int, bool]:
     """Return HEAD_DIM, D, PRECISION, GROUP and PER_HEAD."""
     head_dim, heads = q.shape[3], q.shape[1]
@@ -244,7 +260,7 @@ _INDEX = (
 )
 _REST = (
     "Tensor? padding, Tensor? dropout_key, int block, float scale, bool causal, bool pruned_zero, "
-    "bool skip_padded, float dropout_p"
+    "bool skip_padded, float dropout_p, int query_offset=0"
 )
 # Inductor hands over the strides of eager mode, which the fakes below count on.
 _STRIDES = torch.Tag.needs_exact_strides
@@ -288,8 +304,8 @@ def _with_launches(implementation: Callable[..., tuple[Tensor, ...]]) -> Callabl
     return run
 
 
-def _fwd_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    block = rest[-len(_Settings._fields)]
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    block = rest[8]  # behind the layout, padding and dropout's keys
     padded = -(-q.shape[2] // block) * block
     lse = q.new_empty((*q.shape[:2], padded), dtype=torch.float32)
     return torch.empty_like(_unit_stride(q)), lse

@@ -97,7 +97,7 @@ def launch(
     data: tuple[Tensor | None, ...],
     padding: Tensor | None,
     dropout_key: Tensor | None,
-    numbers: tuple[int | float, ...],
+    numbers: tuple[int | float | None, ...],
     constants: tuple[int | bool | str, ...],
     tiles: Tiles,
     dropout_p: float,
@@ -129,7 +129,7 @@ def launch(
         *numbers,
         *constants,
     )
-    present = (padding is None, dropout_key is None, *[x is None for x in data])
+    present = (padding is None, dropout_key is None, *[x is None for x in (*data, *numbers)])
     key = (strided[0].dtype, present, constants, tiles)
     start(kernel, key, programs, arguments, tiles.launch, strided[0], launches, usual)
 

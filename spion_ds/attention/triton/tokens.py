@@ -1,7 +1,7 @@
 """What the Triton kernels of attention and of its maps share: lists of blocks, tiles of tokens.
 
 A tile is TILE tokens: a part of a block, a block, or several blocks gathered. Shape suffixes and
-tensors as in triton_kernels.py.
+tensors as in forward_kernels.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ import triton
 import triton.language as tl
 
 from spion_ds.attention.triton.dropout import combine
+
+# Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
+# length then needs no other kernel.
+DATA = ["row_ptr", "col_idx", "col_ptr", "row_idx", "col_order", "padding_ptr", "seen_ptr"]
+DATA += ["col_parts", "sums_ptr", "done_ptr", "num_parts", "spans_ptr"]
+DATA += ["dropout_ptr", "threshold"]
+DATA += ["num_rows", "num_cols", "heads", "queries", "keys", "query_offset"]
 
 # Below every score yet finite, so that a row that has met no key yet is no special case.
 LOWEST = tl.constexpr(-1.0e30)
@@ -106,7 +113,7 @@ def partner_tokens(
 
 @triton.jit
 def allowed_entries(
-    rows_O: tl.tensor,
+    positions_O: tl.tensor,
     tokens_T: tl.tensor,
     keys: tl.tensor,
     padding_ptr: tl.tensor,
@@ -118,7 +125,7 @@ def allowed_entries(
         allowed_T = allowed_T & (tl.load(padding_ptr + tokens_T, mask=allowed_T, other=0) != 0)
     allowed = allowed_T[None, :]
     if CAUSAL:
-        allowed = allowed & (tokens_T[None, :] <= rows_O[:, None])
+        allowed = allowed & (tokens_T[None, :] <= positions_O[:, None])
     return allowed
 
 

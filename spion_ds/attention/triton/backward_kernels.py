@@ -1,15 +1,7 @@
-"""The Triton kernels of block-sparse attention: forward, and backward by rows and by columns.
+"""The Triton kernels of block-sparse attention's backward pass: by rows and by columns.
 
-A program owns OWN tokens of one block (keys where it writes dK and dV, else queries) and
-walks over the block's kept partners, TILE tokens at a time: a part of a block, a block, or several
-blocks gathered. Scores are in base 2: log2(e) is part of their scale. The backward pass draws the
-probabilities again from the saved log-sum-exp. Sums are in a fixed order: the same inputs give the
-same bits.
-An argument that is None is compiled out: padding_ptr without padding, dropout_ptr without dropout.
-
-Shape suffixes: B batch, H heads, L queries, M keys, O own tokens, T tokens of a tile, D head_dim
-padded to a power of two. A (B, H, L, head_dim) tensor is a tuple here: pointer and strides of
-batch, head and token in elements; the stride of head_dim is 1.
+They recompute the probabilities from the saved log-sum-exp. How a program takes its tokens, what
+None stands for and what the shape suffixes mean: see forward_kernels.py.
 """
 
 from __future__ import annotations
@@ -19,7 +11,7 @@ import triton.language as tl
 
 from spion_ds.attention.triton.dropout import kept
 from spion_ds.attention.triton.tokens import (
-    LOWEST,
+    DATA,
     allowed_entries,
     count_below,
     load_sums,
@@ -32,156 +24,8 @@ from spion_ds.attention.triton.tokens import (
     tile_count,
 )
 
-# Arguments whose values (1, divisible by 16) must not be compiled in: another layout, batch or
-# length then needs no other kernel.
-_DATA = ["row_ptr", "col_idx", "col_ptr", "row_idx", "col_order", "padding_ptr", "seen_ptr"]
-_DATA += ["col_parts", "sums_ptr", "done_ptr", "num_parts", "spans_ptr"]
-_DATA += ["dropout_ptr", "threshold"]
-_DATA += ["num_rows", "num_cols", "heads", "queries", "keys"]
 
-
-@triton.jit(do_not_specialize=_DATA)
-def real_keys_kernel(
-    padding_ptr: tl.tensor,  # (B, M) bytes, 1 = real token
-    seen_ptr: tl.tensor,  # (B, M) int32
-    spans_ptr: tl.tensor,  # (B, 2) int32
-    keys: tl.tensor,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-) -> None:
-    """Write how many keys of a sample up to and including each are real, and its spans.
-
-    Those are the first blocks without any padding, and the blocks up to the last real key.
-    """
-    start = tl.program_id(0).to(tl.int64) * keys
-    seen, last, first_padded = tl.zeros((), tl.int32), tl.zeros((), tl.int32), keys
-    for first in range(0, keys, CHUNK):
-        token = first + tl.arange(0, CHUNK)
-        inside = token < keys
-        real = tl.load(padding_ptr + start + token, mask=inside, other=0).to(tl.int32)
-        tl.store(seen_ptr + start + token, seen + tl.cumsum(real), mask=inside)
-        seen += tl.sum(real)
-        last = tl.maximum(last, tl.max(real * (token + 1)))
-        first_padded = tl.minimum(first_padded, tl.min(tl.where(real != 0, keys, token)))
-    spans = spans_ptr + tl.program_id(0) * 2
-    tl.store(spans, tl.where(first_padded < keys, first_padded // BLOCK, tl.cdiv(keys, BLOCK)))
-    tl.store(spans + 1, tl.cdiv(last, BLOCK))
-
-
-@triton.jit(do_not_specialize=_DATA)
-def block_sparse_attention_fwd_kernel(
-    q: tl.tuple,
-    k: tl.tuple,
-    v: tl.tuple,
-    out: tl.tuple,
-    lse_ptr: tl.tensor,  # (B, H, num_rows * BLOCK), +inf past L
-    row_ptr: tl.tensor,
-    col_idx: tl.tensor,
-    seen_ptr: tl.tensor,  # (B, M) int32 real keys up to and including each; or None
-    spans_ptr: tl.tensor,  # (B, 2) int32 of real_keys_kernel, or None
-    padding_ptr: tl.tensor,  # (B, M) bytes, 1 = real token, or None
-    dropout_ptr: tl.tensor,  # (B,) int32 keys, or None
-    threshold: tl.tensor,  # keep_threshold(p)
-    dropout_scale: tl.tensor,  # 1 / (1 - p)
-    num_rows: tl.tensor,
-    heads: tl.tensor,
-    queries: tl.tensor,
-    keys: tl.tensor,
-    scale_log2: tl.tensor,  # above 0
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OWN: tl.constexpr,
-    TILE: tl.constexpr,
-    TAIL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRUNED_ZERO: tl.constexpr,
-    SKIP_PADDED: tl.constexpr,
-) -> None:
-    """Write the output and the base-2 log-sum-exp of OWN queries of one head."""
-    parts: tl.constexpr = BLOCK // OWN
-    part = tl.program_id(0) % (num_rows * parts)
-    bh = tl.program_id(0) // (num_rows * parts)
-    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
-    own, lane_O = part * OWN, tl.arange(0, OWN)
-    rows_O = own + lane_O
-    layout_row = row_ptr + (h * (num_rows + 1) if PER_HEAD else 0) + part // parts
-    start, stop = tl.load(layout_row), tl.load(layout_row + 1)
-    whole = stop - start
-    if padding_ptr is not None:
-        whole, stop = real_span(col_idx, start, stop, spans_ptr + 2 * b)
-        if SKIP_PADDED:
-            stop = tl.where(part // parts < tl.load(spans_ptr + 2 * b + 1), stop, start)
-
-    q_OD = load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
-    if padding_ptr is not None:
-        padding_ptr += b * keys
-    if dropout_ptr is not None:
-        row_keys_O = row_keys(tl.load(dropout_ptr + b), h, rows_O)
-
-    top_O = tl.full((OWN,), LOWEST, tl.float32)  # of the unscaled scores
-    total_O = tl.zeros((OWN,), tl.float32)
-    masked_O = tl.zeros((OWN,), tl.int32)  # entries of kept blocks that do not exist
-    out_OD = tl.zeros((OWN, D), tl.float32)
-    tiles = tile_count(stop - start, BLOCK, TILE)
-    plain = plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
-    for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
-        # The last tiles may hold padding, keys past the sequence or the list, and, under CAUSAL,
-        # past the queries; the ones before them nothing to mask.
-        for tile in range(plain if ends else 0, tiles if ends else plain):
-            first, others_T = partner_tokens(col_idx, start, stop, tile, BLOCK, TILE)
-            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
-            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
-            tokens_T = first + others_T
-            scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
-            if ends:
-                allowed_OT = allowed_entries(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
-                scores_OT = tl.where(allowed_OT, scores_OT, float("-inf"))
-                if PRUNED_ZERO:
-                    masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)
-            new_top_O = tl.maximum(top_O, tl.max(scores_OT, axis=1))
-            shift_O = new_top_O * scale_log2
-            shrink_O = tl.exp2((top_O - new_top_O) * scale_log2)
-            weights_OT = tl.exp2(scores_OT * scale_log2 - shift_O[:, None])
-            total_O = total_O * shrink_O + tl.sum(weights_OT, axis=1)
-            if dropout_ptr is not None:
-                keep_OT = kept(row_keys_O[:, None], tokens_T[None, :], threshold)
-                weights_OT = tl.where(keep_OT, weights_OT, 0.0)
-            out_OD = out_OD * shrink_O[:, None]
-            out_OD = tl.dot(weights_OT.to(v_TD.dtype), v_TD, out_OD, input_precision=PRECISION)
-            top_O = new_top_O
-
-    has_any_O = total_O > 0.0
-    shift_O = tl.where(has_any_O, top_O * scale_log2, 0.0)
-    if PRUNED_ZERO:
-        valid = tl.minimum(rows_O + 1, keys) if CAUSAL else keys
-        if padding_ptr is not None:
-            valid = tl.load(seen_ptr + b * keys + valid - 1)
-        pruned_O = (valid - (tiles * TILE - masked_O)).to(tl.float32)
-        # A pruned entry is a logit 0, so the shift is at least 0 where there is one.
-        new_shift_O = tl.where(pruned_O > 0.0, tl.maximum(shift_O, 0.0), shift_O)
-        shrink_O = tl.exp2(shift_O - new_shift_O)
-        total_O = total_O * shrink_O + pruned_O * tl.exp2(-tl.maximum(new_shift_O, 0.0))
-        out_OD = out_OD * shrink_O[:, None]
-        shift_O = new_shift_O
-    if SKIP_PADDED:
-        has_any_O = has_any_O & (tl.load(padding_ptr + rows_O, mask=rows_O < queries, other=0) != 0)
-        out_OD = tl.where(has_any_O[:, None], out_OD, 0.0)
-    total_O = tl.where(has_any_O, total_O, 1.0)
-    out_OD = out_OD / total_O[:, None]
-    if dropout_ptr is not None:
-        out_OD = out_OD * dropout_scale
-    # +inf makes every exp2(score - lse) 0 in the backward pass.
-    has_any_O = has_any_O & (rows_O < queries)
-    lse_O = tl.where(has_any_O, shift_O + tl.log2(total_O), float("inf"))
-    tl.store(lse_ptr + (b * heads + h) * num_rows * BLOCK + rows_O, lse_O)
-    store_tokens(out, b, h, own, lane_O, queries, out_OD, HEAD_DIM, D)
-
-
-@triton.jit(do_not_specialize=_DATA)
+@triton.jit(do_not_specialize=DATA)
 def block_sparse_attention_bwd_kernel(
     q: tl.tuple,
     k: tl.tuple,
@@ -212,6 +56,7 @@ def block_sparse_attention_bwd_kernel(
     heads: tl.tensor,
     queries: tl.tensor,
     keys: tl.tensor,
+    query_offset: tl.tensor,
     scale: tl.tensor,
     scale_log2: tl.tensor,
     HEAD_DIM: tl.constexpr,
@@ -278,6 +123,7 @@ def block_sparse_attention_bwd_kernel(
             (b, h, block * BLOCK + part * OWN),
             (col_idx, start, stop, whole),
             (queries, keys, scale, scale_log2),
+            query_offset,
             *(HEAD_DIM, D, PRECISION, GROUP, BLOCK, OWN, TILE, ROW_TAIL, CAUSAL),
         )
     elif COLUMNS:
@@ -297,6 +143,7 @@ def block_sparse_attention_bwd_kernel(
                 (b, kv_head, own),
                 (col_ptr, row_idx, num_cols, column, piece, pieces, reach),
                 (heads, num_rows * BLOCK, queries, keys, scale_log2),
+                query_offset,
                 *(HEAD_DIM, D, PRECISION, GROUP, PER_HEAD, BLOCK, OWN, TILE, COLUMN_TAIL, CAUSAL),
                 SKIP_PADDED,
             )
@@ -335,6 +182,7 @@ def _write_dq(
     place: tl.tuple,  # b, h, first own token
     partners: tl.tuple,  # column indices, start, stop, how many of the first are without padding
     sizes: tl.tuple,
+    query_offset: tl.tensor,  # or None
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -352,6 +200,7 @@ def _write_dq(
     queries, keys, scale, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     rows_O = own + lane_O
+    positions_O = rows_O if query_offset is None else rows_O + query_offset
     q_OD = load_tokens(q, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     out_OD = load_tokens(out, b, h, own, lane_O, queries, True, HEAD_DIM, D)
     grad_OD = load_tokens(grad, b, h, own, lane_O, queries, True, HEAD_DIM, D)
@@ -374,7 +223,7 @@ def _write_dq(
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             probs_OT = tl.exp2(scores_OT * scale_log2 - lse_O[:, None])
             if ends:
-                allowed_OT = allowed_entries(rows_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(positions_O, tokens_T, keys, padding_ptr, CAUSAL)
                 probs_OT = tl.where(allowed_OT, probs_OT, 0.0)
             dprobs_OT = tl.dot(grad_OD, tl.trans(v_TD), input_precision=PRECISION)
             if dropout_ptr is not None:
@@ -396,6 +245,7 @@ def _sum_dk_dv(
     place: tl.tuple,  # b, kv_head, first own token
     partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces, reach
     sizes: tl.tuple,
+    query_offset: tl.tensor,  # or None
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -452,7 +302,8 @@ def _sum_dk_dv(
                 scores_OT = tl.dot(k_OD, tl.trans(q_TD), input_precision=PRECISION)
                 probs_OT = tl.exp2(scores_OT * scale_log2 - lse_T[None, :])
                 if CAUSAL:
-                    probs_OT = tl.where(own_O[:, None] <= rows_T[None, :], probs_OT, 0.0)
+                    positions_T = rows_T if query_offset is None else rows_T + query_offset
+                    probs_OT = tl.where(own_O[:, None] <= positions_T[None, :], probs_OT, 0.0)
                 dprobs_OT = tl.dot(v_OD, tl.trans(grad_TD), input_precision=PRECISION)
                 dropped_OT = probs_OT
                 if dropout_ptr is not None:
