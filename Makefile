@@ -1,12 +1,13 @@
 # `make train` trains dense to sparse on generated data; `make test` passes all tests.
-# Both first make .venv with the pinned versions of constraints.txt, once.
+# Both first make .venv with the pinned versions of constraints.txt, once. `make test-versions`
+# tests both ends of the ranges in setup.py, each in a .venv-PACKAGE-VERSION on top of it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint setup clean
+.PHONY: train test test-versions lint setup clean
 
 setup: $(READY)
 
@@ -24,10 +25,13 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+test-versions: $(READY)
+	$(BIN)/python tests/versions.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

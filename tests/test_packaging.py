@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from spion_ds import compiling
+from tests.versions import RANGES, Range
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,3 +76,16 @@ def test_another_value_of_prebuild_is_an_error() -> None:
     )
     assert result.returncode == 1
     assert "SPION_DS_PREBUILD is 'cuda'; allowed: 1" in result.stderr
+
+
+@pytest.mark.parametrize("tested", RANGES, ids=lambda tested: tested.package)
+def test_the_tested_ends_of_a_range_are_those_that_setup_allows(tested: Range) -> None:
+    oldest, newest = tested.ends
+    assert f'"{tested.package}>={oldest},<={newest}"' in (ROOT / "setup.py").read_text()
+    pins = re.findall(
+        rf"^{tested.package}==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert newest in pins
+    for test in tested.tests:
+        path, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / path).read_text()

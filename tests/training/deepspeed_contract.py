@@ -43,25 +43,25 @@ class Setup:
     precision: str = "fp32"
     accumulation: int = 1
 
-    def config(self) -> dict[str, Any]:
-        """Return the configuration as a run hands it to DeepSpeed."""
+    def config(self, **given: Any) -> dict[str, Any]:
+        """Return the configuration as a run hands it to DeepSpeed, with a user's blocks."""
         micro = SAMPLES // self.accumulation
         training = TrainingConfig(
             batch_size=SAMPLES, micro_batch_size=micro, precision=self.precision
         )
-        zero = {"zero_optimization": {"stage": self.stage}}
+        given["zero_optimization"] = {"stage": self.stage}
         optimizer = OptimizerConfig(lr=RATE, clip_value=None)
-        return resolve_deepspeed_config(zero, training, optimizer, 1, RANKS.device.type)[0]
+        return resolve_deepspeed_config(given, training, optimizer, 1, RANKS.device.type)[0]
 
     def adapter(self, clip_value: float | None = None) -> DeepSpeedEngine:
         """Return our engine of a new model."""
         return DeepSpeedEngine(new_model(), self.config(), clip_value=clip_value)
 
-    def engine(self) -> Any:
+    def engine(self, **given: Any) -> Any:
         """Return DeepSpeed's engine of a new model, with nothing done to it."""
         model = new_model()
         engine, *_ = import_deepspeed().initialize(
-            model=model, model_parameters=list(model.parameters()), config=self.config()
+            model=model, model_parameters=list(model.parameters()), config=self.config(**given)
         )
         return engine
 
@@ -231,13 +231,11 @@ def test_basic_optimizer_is_the_one_inside_and_shares_its_groups(setup: Setup) -
         assert group is its
 
 
-@every_setup
-def test_the_throughput_clock_is_off(setup: Setup) -> None:
-    clock = setup.engine().tput_timer
-    assert clock.config.enabled is False
-    with mock.patch.object(clock, "_init_timer") as started:
-        clock.start()
-    assert not started.called
+def test_the_throughput_clock_stands_unless_asked_to_go() -> None:
+    asked = {"throughput": {"enabled": True, "synchronized": True}}
+    for engine, goes in ((Setup(2).engine(), False), (Setup(2).engine(timers=asked), True)):
+        engine.tput_timer.start()
+        assert engine.tput_timer.started == goes
 
 
 def test_the_all_reduce_of_stage_0_can_be_switched_off() -> None:
@@ -434,10 +432,12 @@ def test_the_bf16_step_without_waiting_has_deepspeeds_bits() -> None:
     for draw in range(3):
         engine.backward(loss_of(engine, setup, draw))
         engine.step()
-    for theirs, its in zip(
-        gathered(engine), take_steps(ours, setup, 0, 1, 2).values(), strict=True
-    ):
-        assert torch.equal(theirs.cpu(), its)
+    take_steps(ours, setup, 0, 1, 2)
+    for weight, its in zip(gathered(engine), gathered(ours._engine), strict=True):
+        assert torch.equal(weight, its)
+    groups = (optimizer.fp32_groups, ours._engine.optimizer.fp32_groups)
+    for master, its in zip(*([p for g in group for p in g] for group in groups), strict=True):
+        assert torch.equal(master, its)
 
 
 @every_setup

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from spion_ds.distributed.process_group import import_deepspeed
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity.block import MODES
 from spion_ds.training.config.deepspeed import zero_stage
@@ -264,15 +263,6 @@ def test_deepspeed_never_sees_the_sparse_attention_block() -> None:
     config = build("listops", given)
     assert "sparse_attention" not in config.resolved
     assert "sparse_attention" in given  # the caller's mapping is left alone
-
-
-def test_deepspeeds_clock_waits_for_no_device_unless_asked_to() -> None:
-    import_deepspeed()
-    from deepspeed.utils.config import get_timers_config
-
-    assert not get_timers_config(build("listops", {}).resolved).enabled
-    given = {"timers": {"throughput": {"enabled": True, "synchronized": True}}}
-    assert get_timers_config(build("listops", given).resolved).enabled
 
 
 def test_auto_values_come_from_the_recipe() -> None:
