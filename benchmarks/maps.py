@@ -325,7 +325,7 @@ def switch(device: torch.device, variant: str, rounds: int) -> str:
         synchronize(device)
         decided = time.perf_counter()
         for attention, mask in zip(attentions, masks, strict=True):
-            attention.sparsity_config.set_pattern(mask)
+            attention.set_mask(mask)
             attention.layout(length, device)
         agreement.differing(layouts_digest(attentions, length))
         synchronize(device)
