@@ -81,7 +81,7 @@ MAPS = (
     "| shape | block | dtype | dense ms | map ms | no filter ms | map / dense | no filter / dense"
 )
 MAPS += " | a map a head ms | a head / map | torch / map | MiB |"
-SWITCH = "| device | layers | n | variant | decide ms | layouts ms | sum ms |"
+SWITCH = "| device | layers | n | variant | ms |"
 LAYERS, BLOCKS = 24, 1024
 
 

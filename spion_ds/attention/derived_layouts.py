@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -54,19 +55,18 @@ class DerivedLayouts:
         name, kept = slot_name(-(-length // self.block), device), vars(self.slots)
         if name not in kept:
             kept[name] = derive(length, device)
-        if name in self._pinned:
-            return kept[name]
+        found = kept[name]
+        if name in self._pinned or (self._recent and self._recent[-1] == name and not pin):
+            return found
+        if name in self._recent:
+            self._recent.remove(name)
         if pin:
             self._pinned[name] = (length, device)
-        if name in self._recent:
-            if not pin and self._recent[-1] == name:
-                return kept[name]
-            self._recent.remove(name)
-        if not pin:
-            self._recent.append(name)
-            if len(self._recent) > LIMIT:
-                del kept[self._recent.pop(0)]
-        return kept[name]
+            return found
+        self._recent.append(name)
+        if len(self._recent) > LIMIT:
+            del kept[self._recent.pop(0)]
+        return found
 
     def replace(self, derive: Derive) -> None:
         """Derive the pinned layouts again, and forget the others.
@@ -74,17 +74,8 @@ class DerivedLayouts:
         One that cannot be derived is left to its next use, which says why.
         """
         kept = vars(self.slots)
-        for name in self._recent:
-            del kept[name]
+        kept.clear()
         self._recent.clear()
         for name, (length, device) in self._pinned.items():
-            kept.pop(name, None)
-            try:
+            with suppress(ConfigError):
                 kept[name] = derive(length, device)
-            except ConfigError:
-                continue
-
-    def pinned(self) -> Iterable[tuple[str, BlockLayout | None]]:
-        """Return the pinned layouts by their names."""
-        kept = vars(self.slots)
-        return [(name, kept[name]) for name in self._pinned if name in kept]

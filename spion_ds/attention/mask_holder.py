@@ -15,6 +15,24 @@ from spion_ds.sparsity import SparsityConfig, SwitchingSparsityConfig
 _BUFFER = "packed_mask"
 
 
+class Known:
+    """What a module has derived its layouts from.
+
+    An object, since torch.compile compares tensors by identity only there: in PyTorch 2.8 it skips
+    that for a module's own attributes.
+
+    Attributes:
+        pattern: of the configuration.
+        buffer: that was read last.
+        version: of the buffer then; None where it has none.
+    """
+
+    def __init__(self) -> None:
+        self.pattern: Tensor | None = None
+        self.buffer: Tensor | None = None
+        self.version: int | None = None
+
+
 class MaskHolder(nn.Module):
     """The mask of SparseSelfAttention, whose docstring says what it promises.
 
@@ -30,10 +48,9 @@ class MaskHolder(nn.Module):
     """
 
     packed_mask: Tensor | None
-    _pattern: Tensor | None
-    _seen: tuple[Tensor, int | None] | None
+    _known: Known
     # What belongs to one object: copies and pickles make their own.
-    own: ClassVar[tuple[str, ...]] = ("_pattern", "_seen")
+    own: ClassVar[tuple[str, ...]] = ("_known",)
 
     def __init__(self, sparsity_config: SparsityConfig, max_seq_length: int | None) -> None:
         super().__init__()
@@ -93,13 +110,13 @@ class MaskHolder(nn.Module):
             CheckpointError: it holds no mask of this module.
             ConfigError: the configuration's pattern was set past :meth:`set_mask`.
         """
-        self._seen = None
+        self._known.buffer = None
         self._follow()
 
     def reset_parameters(self) -> None:
         """Write the configuration's pattern into the buffer, as is needed after ``to_empty()``."""
         self._write()
-        self._seen = None  # whatever comes before the first pass: that reads it once
+        self._known.buffer = None  # whatever comes before the first pass: that reads it once
 
     def check_unchanged(self) -> None:
         """Raise ConfigError where the mask is not the one that was compiled; called as it runs."""
@@ -112,16 +129,16 @@ class MaskHolder(nn.Module):
 
     def _follow(self) -> None:
         """Bring buffer, configuration and what is derived from them together."""
-        config = self.sparsity_config
+        config, known = self.sparsity_config, self._known
         pattern = getattr(config, "pattern", None)
         if self._format is not None:
             if self._unread():
                 self._take_in()
                 pattern = getattr(config, "pattern", None)
-            elif pattern is not self._pattern:
+            elif pattern is not known.pattern:
                 self._check_agreement(pattern)
-        if pattern is not self._pattern:
-            self._pattern = pattern
+        if pattern is not known.pattern:
+            known.pattern = pattern
             self._derive_again()
 
     def _derive_again(self) -> None:
@@ -140,20 +157,24 @@ class MaskHolder(nn.Module):
         buffer = self.packed_mask
         if buffer is None or self._format is None or buffer.is_meta:
             return False
-        version = None if buffer.is_inference() else buffer._version
-        seen, version_then = self._seen or (None, None)
-        if seen is buffer and version is not None and not buffer.is_cpu and version == version_then:
+        known, version = self._known, None if buffer.is_inference() else buffer._version
+        if (
+            known.buffer is buffer
+            and version is not None
+            and version == known.version
+            and not buffer.is_cpu
+        ):
             return False
         if captures(buffer.device):
             raise ConfigError(
                 "packed_mask was written to, and a CUDA graph is being captured, in which it "
                 "cannot be read; call attention.refresh() before the capture"
             )
-        if seen is not buffer:
+        if known.buffer is not buffer:
             self._format.unpack(buffer)  # raises what is wrong
         if read_header(buffer) != self._header:
             return True
-        self._seen = (buffer, version)
+        known.buffer, known.version = buffer, version
         return False
 
     def _take_in(self) -> None:
@@ -176,7 +197,8 @@ class MaskHolder(nn.Module):
         with torch.inference_mode(buffer.is_inference()):
             buffer.copy_(packed)
         self._header = read_header(packed)
-        self._seen = (buffer, None if buffer.is_inference() else buffer._version)
+        self._known.buffer = buffer
+        self._known.version = None if buffer.is_inference() else buffer._version
 
     def _check_agreement(self, pattern: Tensor | None) -> None:
         """Raise ConfigError unless the configuration has the mask that was last in the buffer."""
@@ -190,7 +212,7 @@ class MaskHolder(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pattern, buffer = getattr(self.sparsity_config, "pattern", None), self.packed_mask
-        if buffer is not None and not buffer.is_meta and pattern is not self._pattern:
+        if buffer is not None and not buffer.is_meta and pattern is not self._known.pattern:
             # It is saved as it is: it must not be the older of the two.
             unchanged = read_header(buffer) == self._header
             if unchanged:
@@ -213,13 +235,13 @@ class MaskHolder(nn.Module):
         if given is not None and self.packed_mask is not None and not self.packed_mask.is_meta:
             # What is loaded is right, whatever the configuration had.
             pattern = getattr(self.sparsity_config, "pattern", None)
-            if self._unread() or pattern is not self._pattern:
+            if self._unread() or pattern is not self._known.pattern:
                 self._take_in()
             self._follow()
 
     def _forget(self) -> None:
         """Set what belongs to one object, in a new one."""
-        self._pattern = self._seen = None
+        self._known = Known()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self.own}

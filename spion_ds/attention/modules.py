@@ -143,9 +143,11 @@ class SparseSelfAttention(MaskHolder):
         if self._format is not None:
             torch.ops.spion_ds.check_packed_mask(self._ticket)
         # What settled it does not run again: a graph that finds another pattern is traced anew.
-        if getattr(self.sparsity_config, "pattern", None) is not self._pattern:
+        if getattr(self.sparsity_config, "pattern", None) is not self._known.pattern:
             raise RuntimeError("the pattern changed while the pass was traced")
-        if self._pattern is None and isinstance(self.sparsity_config, SwitchingSparsityConfig):
+        if self._known.pattern is None and isinstance(
+            self.sparsity_config, SwitchingSparsityConfig
+        ):
             return None  # a graph that all layers share
         return getattr(self._layouts.slots, slot_name(blocks, device))
 

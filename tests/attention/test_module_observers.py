@@ -167,7 +167,7 @@ class Model(nn.Module):
         return x
 
     def observe(self) -> list[PooledMapAccumulator]:
-        weights = torch.full((LENGTH,), 1 / 6)
+        weights = torch.full((LENGTH,), 1 / 6, device=self.inputs[0].weight.device)
         observers = [PooledMapAccumulator(BLOCK, 3, weights) for _ in self.attentions]
         for attention, observer in zip(self.attentions, observers, strict=True):
             attention.observer = observer
@@ -182,8 +182,9 @@ def micro_batches(number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def maps_of(model: Model, run: Callable, batches: int) -> list[Tensor]:
     """The maps of both layers, after forward and backward passes over micro-batches."""
-    observers = model.observe()
+    observers, device = model.observe(), model.inputs[0].weight.device
     for x, real, keys in micro_batches(batches):
+        x, real, keys = x.to(device), real.to(device), keys.to(device)
         # A checkpoint that is reentrant differentiates only what an input needs.
         run(x.requires_grad_(), real, keys).square().sum().backward()
     return [observer.total for observer in observers]
@@ -206,9 +207,12 @@ KINDS = {
 @PHASES
 def test_maps_are_the_same_bits_with_activation_checkpointing(kind, batches, phase):
     settings = {"phase": phase, "dropout_p": 0.2}
-    plain = Model(**settings)
+    # DeepSpeed moves what is recomputed to its accelerator.
+    gpu = kind == "deepspeed" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    plain = Model(**settings).to(device)
     expected = maps_of(plain, plain, batches)
-    model = Model(KINDS[kind], **settings)
+    model = Model(KINDS[kind], **settings).to(device)
     found = maps_of(model, model, batches)
     assert not torch.equal(*expected)  # of two layers
     for a, b in zip(found, expected, strict=True):
@@ -298,10 +302,8 @@ def test_reduce_overhead_shows_each_pass(batches):
         run = model if mode is None else torch.compile(model, mode=mode, fullgraph=True)
         for _ in range(4):  # from the third on TorchInductor would replay a graph
             observers = model.observe()
-            for observer in observers:
-                observer.total = observer.total.cuda()
-                observer.row_weights = observer.row_weights.cuda()
             for x, real, keys in micro_batches(batches):
+                torch.compiler.cudagraph_mark_step_begin()
                 run(x.cuda(), real.cuda(), keys.cuda()).square().sum().backward()
         return [observer.total.cpu() for observer in observers]
 
