@@ -137,9 +137,8 @@ def page(maps: list[str], tuned: list[str], switch: list[str], rounds: int) -> s
             *(["Launch configurations of the two kernels, with the filter.", "", *tuned, ""])
             * bool(tuned),
             "The switch, from the pooled maps of a check to layouts that attention can use, by the "
-            "functions that training calls: the distance rule, thresholds and flood fill (or "
-            "top-k), packing and broadcast (decide), index lists of rows and columns and their "
-            "comparison between ranks (layouts).",
+            "driver that training uses: the distance rule, thresholds and flood fill (or top-k), "
+            "packing and broadcast, index lists of rows and columns.",
             "",
             *switch,
             "",

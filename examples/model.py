@@ -16,10 +16,9 @@ class Layer(nn.Module):
         super().__init__()
         self.norm, self.qkv = nn.LayerNorm(DIM), nn.Linear(DIM, 3 * DIM)
         self.out = nn.Linear(DIM, DIM)
-        feed = (nn.LayerNorm(DIM), nn.Linear(DIM, 128), nn.GELU(), nn.Linear(128, DIM))
-        self.feed = nn.Sequential(*feed)
-        # In place of scaled_dot_product_attention: dense until there is a pattern, which each head
-        # gets for itself. max_seq_length keeps the mask in the model's own state.
+        self.feed = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.GELU())
+        # Dense until there is a pattern, which each head gets for itself; max_seq_length keeps the
+        # mask in the model's own state.
         sparsity = SpionSparsityConfig(
             HEADS, block=16, different_layout_per_head=True, variant="c", density=0.15
         )
@@ -42,7 +41,6 @@ class Model(nn.Module):
         self.layers, self.head = nn.ModuleList(Layer() for _ in range(2)), nn.Linear(DIM, 2)
 
     def forward(self, x, mask):
-        """Return (B, 2) logits of (B, L) token ids."""
         hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, mask)
@@ -50,7 +48,7 @@ class Model(nn.Module):
 
 
 def make_batch(step, rank=0, ranks=1, size=8):
-    """Return this rank's share of a step's ids (B, L), padding masks (B, L) and labels (B,)."""
+    """Return this rank's ids (B, L), padding masks (B, L) and labels (B,) of a step."""
     draw = torch.Generator().manual_seed(step)
     x = torch.randint(TOKENS, (size, LENGTH), generator=draw)
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (size,), generator=draw)

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from model import Model, make_batch
+from torch.utils.data import DataLoader
 
 from spion_ds import DenseToSparse
 from spion_ds.integrations.lightning import SwitchCallback
 from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
-STEPS = 24
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STEPS, RANKS = 24, int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Task(lightning.LightningModule):
@@ -34,16 +34,15 @@ class Task(lightning.LightningModule):
         return [self.switch]
 
     def train_dataloader(self):
-        first = self.switch.driver.last_step + 1
-        return [make_batch(number, RANK, RANKS) for number in range(first, STEPS + 1)]
+        steps = range(self.switch.driver.last_step + 1, STEPS + 1)
+        return DataLoader([make_batch(n, self.global_rank, RANKS) for n in steps], batch_size=None)
 
     def training_step(self, batch, _):
         return F.cross_entropy(self.model(*batch[:2]), batch[2])
 
     def on_train_batch_end(self, outputs, *_):
         driver, event = self.switch.driver, self.switch.event
-        kind = f", {event.kind}" if event else ""
-        loss = outputs["loss"].item()
+        kind, loss = f", {event.kind}" if event else "", outputs["loss"].item()
         self.print(f"step {driver.last_step}: loss {loss!r}, {driver.phase}{kind}", flush=True)
 
     def configure_optimizers(self):
@@ -54,7 +53,9 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     folder, task = Path(sys.argv[1]), Task()
     saving = ModelCheckpoint(folder, every_n_train_steps=4, save_last=True)
-    trainer = lightning.Trainer(max_steps=STEPS, callbacks=[saving], devices=RANKS, logger=False)
-    trainer.fit(task, ckpt_path=folder / "last.ckpt" if (folder / "last.ckpt").exists() else None)
-    if RANK == 0:
+    own = {"callbacks": [saving], "devices": RANKS, "use_distributed_sampler": False}
+    trainer = lightning.Trainer(max_steps=STEPS, **own)
+    last = folder / "last.ckpt"
+    trainer.fit(task, ckpt_path=last if last.exists() else None)
+    if task.global_rank == 0:
         save_masks(task, folder / "masks.safetensors")
