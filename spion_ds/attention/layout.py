@@ -233,6 +233,8 @@ def _divide_columns(lengths: Tensor, num_rows: int, block: int) -> tuple[Tensor,
     longest = (2 * lengths.double().mean(dim=1)).clamp(min=least).ceil().long()
     pieces = -(-lengths // longest[:, None])  # (heads, num_cols)
     order = lengths.argsort(dim=1, descending=True, stable=True)
+    if not bool((pieces > 1).any()):
+        return order.int(), torch.empty((heads, 0, 3), dtype=torch.int32)
     col_order = torch.full((heads, num_cols), -1, dtype=torch.int32)
     divided = []
     for head in range(heads):

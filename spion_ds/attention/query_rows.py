@@ -72,10 +72,12 @@ def _derive(layout: BlockLayout, name: tuple[str, int, int]) -> None:
     if ("host",) not in layout.plans:
         layout.plans["host",] = (layout.row_ptr.cpu(), layout.col_idx.cpu().long())
     row_ptr, col_idx = layout.plans["host",]
+    pointers = row_ptr[:, first : last + 1]  # (heads, rows + 1)
     mask = torch.zeros((layout.heads, last - first, layout.num_cols), dtype=torch.bool)
-    for of_head, pointers in zip(mask, row_ptr[:, first : last + 1], strict=True):
-        row = torch.repeat_interleave(torch.arange(last - first), pointers.diff())
-        of_head[row, col_idx[pointers[0] : pointers[-1]]] = True
+    line = torch.arange(layout.heads * (last - first))
+    line = torch.repeat_interleave(line, pointers.diff(dim=1).flatten())
+    column = torch.cat([col_idx[begin:end] for begin, *_, end in pointers.tolist()])
+    mask.view(-1, layout.num_cols)[line, column] = True
     rows = replace(
         BlockLayout.from_mask(mask, layout.block), above_diagonal=bool(mask.triu(first + 1).any())
     )

@@ -43,7 +43,7 @@ from .hopper_emulation import emulated_hopper
 
 BLOCK, LENGTH = 16, 53
 # Chunks of odd sizes, within a block, across several and up to a border; then token by token.
-PREFILL = (0, 5, 16, 37, 41)
+PREFILL = (0, 5, 16, 37, 46)
 PARTS = list(itertools.pairwise((*PREFILL, *range(PREFILL[-1] + 1, LENGTH + 1))))
 # Any two of them meet.
 FEATURES = [
