@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from model import Model, make_batch
-from spion_ds.masks import save_masks
 
 from spion_ds import DenseToSparse
+from spion_ds.masks import save_masks
 from spion_ds.patterns import DistanceRule
 
 STEPS, SAVE_EVERY = 24, 4
@@ -21,7 +21,7 @@ STEPS, SAVE_EVERY = 24, 4
 
 def main(folder: Path) -> None:
     """Train to the last step, from the newest state in ``folder`` if there is one."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     rank, ranks = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(0)
     model = Model()

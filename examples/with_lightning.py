@@ -41,9 +41,8 @@ class Task(lightning.LightningModule):
         return F.cross_entropy(self.model(*batch[:2]), batch[2])
 
     def on_train_batch_end(self, outputs, *_):
-        driver, event = self.switch.driver, self.switch.event
-        kind, loss = f", {event.kind}" if event else "", outputs["loss"].item()
-        self.print(f"step {driver.last_step}: loss {loss!r}, {driver.phase}{kind}", flush=True)
+        driver, loss = self.switch.driver, outputs["loss"].item()
+        self.print(f"step {driver.last_step}: loss {loss!r}, {driver.phase}")
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -54,8 +53,7 @@ if __name__ == "__main__":
     folder, task = Path(sys.argv[1]), Task()
     saving = ModelCheckpoint(folder, every_n_train_steps=4, save_last=True)
     own = {"callbacks": [saving], "devices": RANKS, "use_distributed_sampler": False}
-    trainer = lightning.Trainer(max_steps=STEPS, **own)
-    last = folder / "last.ckpt"
+    trainer, last = lightning.Trainer(max_steps=STEPS, **own), folder / "last.ckpt"
     trainer.fit(task, ckpt_path=last if last.exists() else None)
     if task.global_rank == 0:
         save_masks(task, folder / "masks.safetensors")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -49,7 +48,6 @@ def kill_after(step: int, started: list[str], cwd: Path) -> dict[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     printed = ""
     assert process.stdout is not None
@@ -57,7 +55,9 @@ def kill_after(step: int, started: list[str], cwd: Path) -> dict[int, str]:
         printed += line
         if step in losses(printed):
             break
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for one in [launcher, *launcher.children(recursive=True)]:  # torchrun's ranks have own sessions
+        one.kill()
     process.communicate()
     assert step in losses(printed), printed[-3000:]
     return losses(printed)
