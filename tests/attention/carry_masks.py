@@ -6,6 +6,7 @@ torchrun --nproc_per_node=2 carry_masks.py ddp | fsdp | zero FOLDER
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,8 +89,9 @@ def fsdp(_: str) -> None:
 
 
 def zero(folder: str) -> None:
-    import deepspeed
+    from spion_ds.distributed.process_group import import_deepspeed
 
+    deepspeed = import_deepspeed()
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}},
@@ -97,7 +99,7 @@ def zero(folder: str) -> None:
         "bf16": {"enabled": True},
     }
 
-    def engine_of(model: Model) -> deepspeed.DeepSpeedEngine:
+    def engine_of(model: Model) -> Any:
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=model.parameters(), config=config
         )
