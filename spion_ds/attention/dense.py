@@ -45,10 +45,13 @@ def dense_attention(
         grouped = False
     mask = some = None
     if key_padding_mask is not None:
-        # What a row gives that sees no key is up to PyTorch's backend, NaN included: it sees all
-        # of them, and becomes zero.
-        some = key_padding_mask.any(dim=1, keepdim=True)  # (B, 1)
-        mask = (key_padding_mask | ~some)[:, None, None, :]
+        mask = key_padding_mask
+        if not q_BHLD.is_cpu:
+            # What a row gives that sees no key is up to the backend on this device, NaN included
+            # (zeros on a CPU): it sees all of them, and becomes zero.
+            some = key_padding_mask.any(dim=1, keepdim=True)  # (B, 1)
+            mask = mask | ~some
+        mask = mask[:, None, None, :]
     out = F.scaled_dot_product_attention(
         q_BHLD,
         k_BHLD,
@@ -59,8 +62,6 @@ def dense_attention(
         scale=scale,
         enable_gqa=grouped,
     )
-    if key_padding_mask is None or some is None:
-        return out
-    if zero_padded_queries:
+    if key_padding_mask is not None and zero_padded_queries:
         return zero_padding(out, key_padding_mask)
-    return out.masked_fill(~some[..., None, None], 0.0)
+    return out if some is None else out.masked_fill(~some[..., None, None], 0.0)

@@ -74,6 +74,7 @@ def train(
         observers = [AttentionMapAccumulator() for _ in range(2 if looks else 0)]
         with forward.step(number >= 3, tuple(inputs), observers):
             loss = F.cross_entropy(model(*inputs), labels)
+        assert not any(attention.observer for attention in model.attentions)
         if maps is not None and looks:
             maps.append([layer.total.clone() for layer in observers])
         pattern_loss = model.take_pattern_loss()
@@ -256,6 +257,25 @@ def test_what_must_rest_in_a_capture_is_told_before_each(monkeypatch: pytest.Mon
     )
     train(model, batches(model, device), accelerated)
     assert events == ["rest", "capture"] * 2  # once a phase
+
+
+def test_other_patterns_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A graph reads the memory of its layouts, which is freed with the pattern.
+    captured: list[int] = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_, **__: captured.append(1))
+    model = tiny_model(torch.device("cpu"))
+    accelerated = AcceleratedForward(model, compile=False, cuda_graph=True)
+    *inputs, _ = batches(model, torch.device("cpu"))[0]
+    counts = []
+    for mask in (torch.eye(4), torch.eye(4).flip(0), None):
+        for layer, attention in enumerate(model.attentions):
+            if layer == 0 or mask is None:
+                attention.set_mask(mask)
+        for _ in range(2):
+            with accelerated.step(mask is not None, tuple(inputs)):
+                pass
+        counts.append(len(captured))
+    assert counts == [1, 2, 3]
 
 
 def test_evaluation_is_not_accelerated() -> None:
