@@ -10,6 +10,7 @@ gigabytes of PyTorch are not installed again. An environment that is whole is us
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -66,7 +67,8 @@ def make_environment(package: str, version: str) -> Path:
     folder = ROOT / f".venv-{package}-{version}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     here = sysconfig.get_path("purelib")
-    built_from = f"{here} {sys.version}\n"
+    pins = hashlib.sha256((ROOT / "constraints.txt").read_bytes()).hexdigest()
+    built_from = f"{here} {sys.version} {pins}\n"
     if not ready.is_file() or ready.read_text() != built_from:
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=False, symlinks=True)
