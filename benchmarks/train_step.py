@@ -288,6 +288,8 @@ def _switch(trainer: Trainer, config: RunConfig, density: float) -> None:
     masks = [spion_like_mask(blocks, density)] * config.model.layers
     set_masks(trainer.model, masks)
     trainer.state.masks, trainer.state.switch_step = masks, 0
+    if trainer.switch is not None:
+        trainer.switch.switch_step = 0
     trainer.model.prepare(config.batches.micro, trainer.device)
 
 
