@@ -167,7 +167,7 @@ class Model(nn.Module):
         return x
 
     def observe(self) -> list[PooledMapAccumulator]:
-        weights = torch.full((LENGTH,), 1 / 6)
+        weights = torch.full((LENGTH,), 1 / 6, device=self.inputs[0].weight.device)
         observers = [PooledMapAccumulator(BLOCK, 3, weights) for _ in self.attentions]
         for attention, observer in zip(self.attentions, observers, strict=True):
             attention.observer = observer
@@ -298,9 +298,6 @@ def test_reduce_overhead_shows_each_pass(batches):
         run = model if mode is None else torch.compile(model, mode=mode, fullgraph=True)
         for _ in range(4):  # from the third on TorchInductor would replay a graph
             observers = model.observe()
-            for observer in observers:
-                observer.total = observer.total.cuda()
-                observer.row_weights = observer.row_weights.cuda()
             for x, real, keys in micro_batches(batches):
                 run(x.cuda(), real.cuda(), keys.cuda()).square().sum().backward()
         return [observer.total.cpu() for observer in observers]
