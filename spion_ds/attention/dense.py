@@ -35,14 +35,15 @@ def dense_attention(
         dropout_p: dropout on the probabilities, from PyTorch's generators.
         zero_padded_queries: give zeros for padding.
     """
-    grouped = q_BHLD.shape[1] != k_BHLD.shape[1]
-    # Flash attention on GPUs alone knows groups in all versions, and it takes neither masks nor
-    # float32: elsewhere PyTorch would make matrices of L × L.
-    flash = q_BHLD.is_cuda and q_BHLD.dtype in (torch.float16, torch.bfloat16)
-    if grouped and not (flash and key_padding_mask is None):
-        groups = q_BHLD.shape[1] // k_BHLD.shape[1]
-        k_BHLD, v_BHLD = (x.repeat_interleave(groups, dim=1) for x in (k_BHLD, v_BHLD))
-        grouped = False
+    grouped = False
+    if q_BHLD.shape[1] != k_BHLD.shape[1]:
+        # Flash attention on GPUs alone knows groups in all versions, and it takes neither masks
+        # nor float32: elsewhere PyTorch would make matrices of L × L.
+        flash = q_BHLD.is_cuda and q_BHLD.dtype in (torch.float16, torch.bfloat16)
+        grouped = flash and key_padding_mask is None
+        if not grouped:
+            groups = q_BHLD.shape[1] // k_BHLD.shape[1]
+            k_BHLD, v_BHLD = (x.repeat_interleave(groups, dim=1) for x in (k_BHLD, v_BHLD))
     mask = some = None
     if key_padding_mask is not None:
         mask = key_padding_mask

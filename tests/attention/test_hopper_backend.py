@@ -266,6 +266,23 @@ def test_a_prepared_module_is_one_graph_for_all_its_patterns(hopper):
     assert len(graphs) == 2
 
 
+def test_a_module_prepared_once_has_the_lists_of_later_masks(hopper):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    qkv = drawn(hopper)
+    attention = SparseSelfAttention(SpionSparsityConfig(4, BLOCK), backend="hopper")
+    attention.prepare(LENGTH, hopper, *qkv[:2])
+    compiled = torch.compile(attention, backend=count, fullgraph=True)
+    for kept in (7, 9, 12):
+        attention.set_mask(layout_of(hopper, kept).to_mask())
+        assert_equal(step(compiled, qkv), step(attention, qkv))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_bits(reentrant, hopper):
     qkv, layout = drawn(hopper), layout_of(hopper)

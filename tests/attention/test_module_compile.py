@@ -184,6 +184,15 @@ def test_graphs_are_of_numbers_of_blocks():
     assert graphs.traced == 2
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_and_batches_may_be_dynamic(causal):
+    attention, graphs = module(causal=causal), Graphs()
+    compiled = graphs.of(attention, dynamic=True)
+    for batch, key_heads in ((2, 2), (3, 2), (3, 1), (2, 1)):
+        tensors = [torch.randn(batch, heads, LENGTH, 8) for heads in (HEADS, key_heads, key_heads)]
+        assert torch.equal(compiled(*tensors), attention(*tensors))
+
+
 def test_what_a_compiled_pass_reads_stays_whatever_other_lengths_follow():
     attention, graphs = module(longer="local"), Graphs()
     attention.set_mask(mask(9))
