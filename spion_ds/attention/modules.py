@@ -20,7 +20,13 @@ from spion_ds.attention.functional import (
 )
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.mask_holder import MaskHolder
-from spion_ds.attention.observing import Observer, captures, check_observer, show
+from spion_ds.attention.observing import (
+    Observer,
+    captures,
+    check_no_graph_trees,
+    check_observer,
+    show,
+)
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.sparsity import SparsityConfig, SwitchingSparsityConfig
 
@@ -254,6 +260,7 @@ class SparseSelfAttention(MaskHolder):
         """Show a compiled pass to the observer; called as it runs."""
         # What it needs is there then when a mask comes.
         self._layouts.get(query.shape[2], query.device, self._derive, pin=True)
+        check_no_graph_trees(query.device)
         # A compiled graph uses its memory again, and observers may keep what they are shown.
         mask = None if key_padding_mask is None else key_padding_mask.clone()
         show(self._observer, query.clone(), key.clone(), mask, self.causal, self.scale)

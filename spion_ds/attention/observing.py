@@ -90,3 +90,23 @@ def recomputes() -> bool:
 def captures(device: torch.device) -> bool:
     """Return whether a CUDA graph is being captured on this thread's stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def check_no_graph_trees(device: torch.device) -> None:
+    """Raise ConfigError if TorchInductor keeps CUDA graphs of compiled passes on this device.
+
+    A pass that is shown from the middle of such a graph loses what its backward pass needs.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        from torch._inductor.cudagraph_trees import get_manager
+    except ImportError:
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if get_manager(index, create_if_none_exists=False) is not None:
+        raise ConfigError(
+            'an attention with an observer is compiled with mode="reduce-overhead", whose CUDA '
+            "graphs cannot be looked into; compile it in the default mode, or show its queries and "
+            "keys by hand (DenseToSparse: look.by_hand())"
+        )
