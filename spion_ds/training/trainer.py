@@ -192,8 +192,8 @@ class Trainer:
         with self._watching(number, checking) as look:
             for micro_step in range(config.batches.accumulation):
                 self._micro_step(micro_step, number, look)
-            if self._skipping and look is not None:
-                look.skipped()
+            if look is not None and not self.engine.step_applied:
+                look.skipped()  # a value was not finite, or overflowed under loss scaling
             elif checking and not self.guard.at_once:
                 self._obey(self.guard.reports())
         state.step = number
