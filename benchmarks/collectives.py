@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timing import synchronize
 
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import discover_ranks, end_process, join, leave
@@ -28,12 +29,12 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the median over rounds of the slowest rank's seconds."""
     taken = []
     for _ in range(WARM_UP + ROUNDS):
-        _wait(device)
+        synchronize(device)
         dist.barrier()
-        _wait(device)
+        synchronize(device)
         began = time.perf_counter()
         call()
-        _wait(device)
+        synchronize(device)
         mine = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         taken.append(mine.item())
@@ -61,11 +62,6 @@ def measure(length: int, block: int, layers: int, parameters: int) -> dict[str, 
         "broadcast of all masks": seconds(lambda: agreement.broadcast(message), device),
         "all-reduce of the gradients": seconds(lambda: dist.all_reduce(gradients), device),
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from timing import machine_lines
+from timing import machine_lines, synchronize
 from torch import Tensor, nn
 
 from spion_ds import DenseToSparse
@@ -134,12 +134,6 @@ def gate(model: Layers, x: Tensor, switch: DenseToSparse) -> None:
     )
     if not torch.equal(config.find_pattern(pooled).cpu(), config.pattern):
         sys.exit("the mask of a look is not that of attention_map")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cpu_attention import peak_mib
 from layouts import spion_like_mask
-from timing import eager_ms, machine_lines, peak_megabytes
+from timing import eager_ms, machine_lines, peak_megabytes, synchronize
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -343,12 +343,6 @@ def attention_like_map(seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     kept = spion_like_mask(BLOCKS, 0.05, seed=seed).to(torch.float64)
     return torch.rand((BLOCKS, BLOCKS), generator=draw, dtype=torch.float64) * (0.1 + kept)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

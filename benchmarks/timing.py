@@ -29,6 +29,12 @@ def machine_lines() -> list[str]:
     return [f"{date.today()} · {device} · {versions}", "", f"    {command}", ""]
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def eager_ms(run: Callable[[], object], seconds: float = 0.15) -> float:
     """Return the median milliseconds of ``run`` on the GPU, as a program that calls it sees them.
 

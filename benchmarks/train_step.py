@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from layouts import spion_like_mask
-from timing import machine_lines
+from timing import machine_lines, synchronize
 from torch import Tensor, nn
 
 from spion_ds.data.storage.cache import Dataset, Split
@@ -240,7 +240,7 @@ def count_waits(step: Callable[[], object], device: torch.device) -> int | None:
         return None
     # The debug mode sees operators, not who waits in so many words.
     asked = mock.patch.object(torch.cuda, "synchronize", wraps=torch.cuda.synchronize)
-    with warnings.catch_warnings(record=True) as caught, asked as synchronize:
+    with warnings.catch_warnings(record=True) as caught, asked as waiting:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -248,7 +248,7 @@ def count_waits(step: Callable[[], object], device: torch.device) -> int | None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-    return found + synchronize.call_count
+    return found + waiting.call_count
 
 
 def time_plain(bench: Bench, config: RunConfig, dataset: Dataset) -> Timing:
@@ -257,11 +257,11 @@ def time_plain(bench: Bench, config: RunConfig, dataset: Dataset) -> Timing:
     reset_peak_memory(bench.ranks.device)
     times = []
     for _ in range(1 + bench.rounds):
-        _wait(bench.ranks.device)
+        synchronize(bench.ranks.device)
         started = time.perf_counter()
         for _ in range(bench.steps):
             loop.step()
-        _wait(bench.ranks.device)
+        synchronize(bench.ranks.device)
         times.append((time.perf_counter() - started) / bench.steps)
     memory = peak_memory_bytes(bench.ranks.device)
     return Timing(statistics.median(times[1:]), memory, count_waits(loop.step, bench.ranks.device))
@@ -315,11 +315,6 @@ def _running(bench: Bench, config: RunConfig, dataset: Dataset) -> Iterator[tupl
 
 def _train_rows(folder: Path) -> list[dict]:
     return [row for row in read_rows(folder) if row["kind"] == "train"]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(bench: Bench, recipe: str, small: bool, overrides: Sequence[str]) -> list[str]:

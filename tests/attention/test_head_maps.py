@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spion_ds.attention import attention_map
 from spion_ds.attention.cpu import maps as cpu_maps
@@ -14,6 +12,7 @@ from spion_ds.attention.map_dispatch import block_sums
 from spion_ds.attention.map_request import MapRequest
 from spion_ds.attention.streaming_maps import block_sums_torch
 from spion_ds.errors import ConfigError
+from tests.memory import LargestTensor
 from tests.patterns import brute_force
 
 from .cases import FLOAT64_TOLERANCE, draw_padding, needs_gpu, needs_triton, relative_error
@@ -174,22 +173,12 @@ def test_maps_of_heads_take_the_memory_of_some_heads():
 
 
 def test_maps_of_heads_make_nothing_of_the_size_of_the_attention_matrix():
-    length, largest = 2048, 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    largest = max(largest, leaf.untyped_storage().nbytes())
-            return result
-
+    length = 2048
     q, k = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
-    with Watch():
+    with LargestTensor() as made:
         attention_map(q, k, block=64, filter_size=31, per_head=True)
     # One byte an entry is the smallest that an (L, L) tensor could be.
-    assert 0 < largest < length * length
+    assert 0 < made.bytes < length * length
 
 
 def test_many_heads_of_one_key_head_keep_their_order():

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spion_ds.attention import AttentionMapAccumulator, attention_map, streaming_maps
 from spion_ds.errors import ConfigError
+from tests.memory import LargestTensor
 from tests.patterns import brute_force
 
 from .cases import FLOAT64_TOLERANCE, draw_padding, relative_error
@@ -117,22 +116,12 @@ def test_maps_do_not_depend_on_the_size_of_a_tile(block, filter_size, tile_bytes
 
 
 def test_a_pooled_map_makes_nothing_of_the_size_of_the_attention_matrix(monkeypatch):
-    length, largest = 2048, 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    largest = max(largest, leaf.untyped_storage().nbytes())
-            return result
-
+    length = 2048
     q, k = torch.randn(1, 1, length, 8), torch.randn(1, 1, length, 8)
-    with Watch():
+    with LargestTensor() as made:
         attention_map(q, k, block=64, filter_size=31)
     # One byte an entry is the smallest that an (L, L) tensor could be.
-    assert 0 < largest < length * length
+    assert 0 < made.bytes < length * length
 
 
 @pytest.mark.parametrize("causal", [False, True])

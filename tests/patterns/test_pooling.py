@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import pool_map, pooling
 from spion_ds.patterns.pooling import pool_rows, quantile, rows_needed
+from tests.memory import LargestTensor
 
 from . import brute_force
 
@@ -102,23 +101,12 @@ def test_pool_map_gives_the_same_bits_on_a_gpu(filter_size):
 
 
 def test_pool_map_makes_no_large_tensor():
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
-                    largest = max(largest, leaf.untyped_storage().nbytes())
-            return result
-
     length = 2048
     # The map is bfloat16, so its own views are smaller than the float64 copy looked for.
     a = random_map(length, seed=8, dtype=torch.bfloat16)
-    with Watch():
+    with LargestTensor() as made:
         pool_map(a, 64, 31)
-    assert largest <= length * length * 2
+    assert made.bytes <= length * length * 2
 
 
 def test_pool_map_does_not_touch_the_map_or_the_gradient():
