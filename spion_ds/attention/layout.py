@@ -147,7 +147,24 @@ class BlockLayout:
         of_columns = _consecutive("columns", columns, self.num_cols)
         if (of_rows, of_columns) == (slice(0, self.num_rows), slice(0, self.num_cols)):
             return self
-        return BlockLayout.from_mask(self.to_mask()[..., of_rows, of_columns], self.block)
+        mask = self.mask_of_rows(of_rows.start, of_rows.stop)[..., of_columns]
+        return BlockLayout.from_mask(mask, self.block).to(self.device)
+
+    def mask_of_rows(self, first: int, last: int) -> Tensor:
+        """Return the kept blocks of the rows ``first`` to ``last`` - 1, in time for these alone.
+
+        (heads, last - first, m) bool on the CPU, where the layout keeps a copy of its index.
+        """
+        if "host" not in self.plans:
+            self.plans["host"] = (self.row_ptr.cpu(), self.col_idx.cpu().long())
+        row_ptr, col_idx = self.plans["host"]
+        pointers = row_ptr[:, first : last + 1]  # (heads, rows + 1)
+        mask = torch.zeros((self.heads, last - first, self.num_cols), dtype=torch.bool)
+        line = torch.arange(self.heads * (last - first))
+        line = torch.repeat_interleave(line, pointers.diff(dim=1).flatten())
+        column = torch.cat([col_idx[begin:end] for begin, *_, end in pointers.tolist()])
+        mask.view(-1, self.num_cols)[line, column] = True
+        return mask
 
     @torch.compiler.disable
     def heads_of(self, rank: int, size: int) -> BlockLayout:

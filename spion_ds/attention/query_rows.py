@@ -69,15 +69,7 @@ def rows_of_queries(
 def _derive(layout: BlockLayout, name: tuple[str, int, int]) -> None:
     """Put a crop into the layout's plans under ``name``: kind, first row, row behind the last."""
     kind, first, last = name
-    if ("host",) not in layout.plans:
-        layout.plans["host",] = (layout.row_ptr.cpu(), layout.col_idx.cpu().long())
-    row_ptr, col_idx = layout.plans["host",]
-    pointers = row_ptr[:, first : last + 1]  # (heads, rows + 1)
-    mask = torch.zeros((layout.heads, last - first, layout.num_cols), dtype=torch.bool)
-    line = torch.arange(layout.heads * (last - first))
-    line = torch.repeat_interleave(line, pointers.diff(dim=1).flatten())
-    column = torch.cat([col_idx[begin:end] for begin, *_, end in pointers.tolist()])
-    mask.view(-1, layout.num_cols)[line, column] = True
+    mask = layout.mask_of_rows(first, last)
     rows = replace(
         BlockLayout.from_mask(mask, layout.block), above_diagonal=bool(mask.triu(first + 1).any())
     )
