@@ -53,9 +53,16 @@ def lay_out(parts: Sequence[Part]) -> list[JobLayer]:
     """Return the layers of the whole job from what each rank says that its group holds.
 
     Raises:
-        ConfigError: a layer or head is held by two groups, or by none.
+        ConfigError: a layer or head is held by two groups, or by none, or the ranks of one group
+            hold different ones.
     """
-    groups = {part.leader: part for part in parts}
+    groups: dict[int, Part] = {}
+    for part in parts:
+        if not _alike(groups.setdefault(part.leader, part), part):
+            raise ConfigError(
+                "ranks of one group= hold different layers, heads or blocks, and their maps cannot "
+                "be averaged; group= is of the ranks that hold the same ones"
+            )
     number = max(part.layer_offset + len(part.configs) for part in groups.values())
     layers = []
     for layer in range(number):
@@ -82,6 +89,15 @@ def lay_out(parts: Sequence[Part]) -> list[JobLayer]:
             heads += config.num_heads
         layers.append(JobLayer(_whole(holders[0].configs[held[0][1]], heads), held))
     return layers
+
+
+def _alike(one: Part, other: Part) -> bool:
+    def held(part: Part) -> list[tuple[object, ...]]:
+        offsets = (part.layer_offset, part.head_offset)
+        layers = [(c.num_heads, c.block, c.different_layout_per_head) for c in part.configs]
+        return [offsets, *layers]
+
+    return held(one) == held(other)
 
 
 def _overlap(layer: int, heads: int, part: Part) -> str:
@@ -167,7 +183,6 @@ def _mean(observer: MapObserver, group: dist.ProcessGroup | None, leader: int) -
         _reduce(maps.total, group, leader)
         _reduce(maps.count, group, leader)
         return (maps.total / maps.count.clamp(min=1.0)[:, None]).float()
-    assert maps.total is not None
     _reduce(maps.total, group, leader)
     if maps.row_weights is not None:
         return maps.total  # the rows' weights made it a mean
@@ -192,7 +207,6 @@ def gather_skewness(
     pooled = [o.maps for o in observers if isinstance(o.maps, PooledMapAccumulator)]
     if not pooled:
         return None
-    assert pooled[0].total is not None
     ranks = [0] if group is None else dist.get_process_group_ranks(group)
     # All are on their way before the first is computed, so that the ranks compute side by side.
     batches = [
