@@ -62,15 +62,26 @@ class Agreement:
 
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank; if it fails on one, the same error is raised on all."""
-        box: list[Any] = [None, None]  # result, error
+        box: list[T] = []
+        self.gather_from(lambda: box.append(work()))
+        return box[0]
+
+    def gather_from(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` on every rank, and return what it returned on each, a small object.
+
+        If it fails on one, the same error is raised on all.
+        """
+        result: Any = None
+        failure: SpionError | None = None
         try:
-            box[0] = work()
+            result = work()
         except SpionError as error:
-            box[1] = error
-        for failed in self.gather(box[1]):
+            failure = error
+        told = self.gather((result, failure))
+        for _, failed in told:
             if failed is not None:
                 raise failed
-        return box[0]
+        return [each for each, _ in told]
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's ``value``, a small object, in the order of ranks."""

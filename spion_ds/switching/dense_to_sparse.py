@@ -224,7 +224,7 @@ class DenseToSparse:
         self._loaded_digest = state["digest"]
 
     def looks_at(self, number: int) -> bool:
-        """Return whether step ``number``, the next one, is looked at: its padding masks count."""
+        """Return whether maps are made of step ``number``, the next one: whether it needs masks."""
         if self._overdue:
             return True
         if self.switch_step is None:
@@ -239,17 +239,17 @@ class DenseToSparse:
     ) -> Observation:
         """Compare the ranks before a step, and return what looks at it."""
         agreement = self._meet()
+        masks = padding_masks if self._resolution == "block" else None
 
-        def check() -> None:
+        def tell() -> tuple[int, int | None, bool, bool, int]:
             check_padding_masks(padding_masks)
             if not self._met:
                 sparse = self.switch_step is not None
                 verify_masks(self._layers, sparse, self._loaded_digest)
+            length = 0 if masks is None else max(mask.shape[1] for mask in masks)
+            return number, self.switch_step, looks, masks is not None, length
 
-        agreement.together(check)
-        masks = padding_masks if self._resolution == "block" else None
-        length = 0 if masks is None else max(mask.shape[1] for mask in masks)
-        told = agreement.gather((number, self.switch_step, looks, masks is not None, length))
+        told = agreement.gather_from(tell)
         compare_ranks(told)
         if not self._met:
             self._lay_out(agreement)
