@@ -12,7 +12,7 @@ from spion_ds.attention import SparseSelfAttention
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.masks import load_masks
 from spion_ds.sparsity import SparsityConfig, SpionSparsityConfig, SwitchingSparsityConfig
-from spion_ds.switching.masks import find_attentions, get_mask, set_mask
+from spion_ds.switching.masks import find_attentions, get_mask
 
 LENGTH, DIM = 64, 16
 
@@ -81,8 +81,8 @@ def random_mask(*shape: int, seed: int = 1) -> Tensor:
 
 def sparse_model(**configs: SparsityConfig) -> Own:
     model = Own(**configs)
-    set_mask(model.attention("shared"), random_mask(4, 4))
-    set_mask(model.attention("per_head"), random_mask(4, 2, 2))
+    model.attention("shared").set_mask(random_mask(4, 4))
+    model.attention("per_head").set_mask(random_mask(4, 2, 2))
     return model
 
 

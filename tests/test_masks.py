@@ -25,7 +25,7 @@ from spion_ds.sparsity import (
     SpionSparsityConfig,
 )
 from spion_ds.switching.mask_files import layers_digest, write_masks
-from spion_ds.switching.masks import get_mask, set_mask
+from spion_ds.switching.masks import get_mask
 from tests.own_model import (
     LENGTH,
     Own,
@@ -96,7 +96,7 @@ def test_masks_whose_bits_fill_no_whole_bytes_come_back(n: int, tmp_path: Path) 
 
 def test_a_lone_attention_is_a_model(tmp_path: Path) -> None:
     attention, fresh = (SparseSelfAttention(SpionSparsityConfig(2, 16)) for _ in range(2))
-    set_mask(attention, random_mask(4, 4))
+    attention.set_mask(random_mask(4, 4))
     save_masks(attention, tmp_path / "masks")
     load_masks(fresh, tmp_path / "masks")
     assert torch.equal(get_mask(fresh), random_mask(4, 4))
@@ -131,7 +131,7 @@ def test_layers_that_share_a_configuration_come_back(tmp_path: Path) -> None:
 
     save_masks(shared(), tmp_path / "masks")
     fresh = shared()
-    set_mask(fresh.attention("shared"), None)
+    fresh.attention("shared").set_mask(None)
     load_masks(fresh, tmp_path / "masks")
     assert torch.equal(get_mask(fresh.attention("again")), random_mask(4, 4))
 
@@ -168,7 +168,7 @@ def test_static_patterns_are_in_the_file(tmp_path: Path) -> None:
 def test_the_same_static_patterns_load(tmp_path: Path) -> None:
     save_masks(static_model(), tmp_path / "masks", seq_len=LENGTH)
     fresh = static_model()
-    set_mask(fresh.attention("shared"), None)
+    fresh.attention("shared").set_mask(None)
     load_masks(fresh, tmp_path / "masks")
     assert_same(masks_of(fresh), masks_of(static_model()))
 
@@ -258,7 +258,7 @@ def test_a_mask_of_another_layer_is_refused(
     config: SparsityConfig, message: str, file: Path
 ) -> None:
     model = Own(shared=config)
-    set_mask(model.attention("per_head"), random_mask(4, 2, 2, seed=3))
+    model.attention("per_head").set_mask(random_mask(4, 2, 2, seed=3))
     refuses(model, file, f"the mask of 'encoder.shared.attend' in .* {message}")
 
 
@@ -269,7 +269,7 @@ def test_masks_a_head_are_not_spread_into_a_shared_layer(file: Path) -> None:
 
 def test_a_mask_of_another_number_of_blocks_than_the_layer_has_is_refused(file: Path) -> None:
     model = Own()
-    set_mask(model.attention("shared"), random_mask(5, 5))
+    model.attention("shared").set_mask(random_mask(5, 5))
     refuses(model, file, "shared.attend'.* has 4 blocks a side, and the layer has 5")
 
 
@@ -308,7 +308,7 @@ def test_a_layer_that_refuses_its_mask_leaves_all_as_they_were(file: Path) -> No
     own = OwnConfig(4, 32)
     own.refused = random_mask(4, 2, 2)
     model = Own(per_head=own)
-    set_mask(model.attention("shared"), random_mask(4, 4, seed=5))
+    model.attention("shared").set_mask(random_mask(4, 4, seed=5))
     refuses(model, file, "does not fit the model: pattern is refused")
 
 

@@ -150,6 +150,11 @@ def prepare_layout(
         hopper_backend.prepare(q, k, layout, backend, query_offset)
 
 
+def stand_in(x: Tensor) -> Tensor:
+    """Return a tensor of x's shape, dtype and device that takes no memory, to prepare with."""
+    return x.detach().new_empty(1).expand(x.shape)
+
+
 def choose_backend(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str:
     """Return the backend that ``backend="auto"`` takes: kernels of q's device where they serve."""
     if q.is_cuda:

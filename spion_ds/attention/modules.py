@@ -17,6 +17,7 @@ from spion_ds.attention.functional import (
     block_sparse_attention,
     check_tensors,
     prepare_layout,
+    stand_in,
 )
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.mask_holder import MaskHolder
@@ -187,7 +188,7 @@ class SparseSelfAttention(MaskHolder):
         if query is not None:
             key = query if key is None else key
             name = slot_name(-(-length // self.sparsity_config.block), device)
-            like = (_stand_in(query), _stand_in(key))
+            like = (stand_in(query), stand_in(key))
             self._prepared[name, query.dtype, query.shape, key.shape] = like
             while len(self._prepared) > LIMIT:
                 del self._prepared[next(iter(self._prepared))]
@@ -373,8 +374,3 @@ def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _stand_in(x: Tensor) -> Tensor:
-    """Return a tensor like ``x`` that takes no memory."""
-    return x.detach().new_empty(1).expand(x.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from spion_ds.attention.layout import pack_mask, unpack_mask
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.errors import SpionError
+from spion_ds.switching.masks import masks_digest
 
 _STAY, _MASKS, _FAILED = 0, 1, 2
 _DIGEST_BYTES = 32
@@ -27,20 +27,6 @@ class CoordinationError(SpionError, RuntimeError):
 
 class PatternError(CoordinationError):
     """Rank 0 could not make patterns of the maps: one is not finite, or the rule refused it."""
-
-
-def masks_digest(masks: Sequence[Tensor | None]) -> str:
-    """Return the sha256 over the shapes and bits of all layers' masks, hexadecimal.
-
-    Args:
-        masks: of each layer (n, n) or (heads, n, n), or None while it is dense.
-    """
-    digest = hashlib.sha256()
-    for mask in masks:
-        shape = [] if mask is None else list(mask.shape)
-        digest.update(str(shape).encode())
-        digest.update(b"" if mask is None else pack_mask(mask))
-    return digest.hexdigest()
 
 
 def share_masks(

@@ -269,7 +269,7 @@ def _misfit(attention: SparseSelfAttention, layer: LayerMask) -> str | None:
 
 def _blocks(attention: SparseSelfAttention) -> int | None:
     """Return the blocks a side of a layer's masks, None where any number will do."""
-    length = getattr(attention, "max_seq_length", None)
+    length = attention.max_seq_length
     if length is not None:
         return -(-length // attention.sparsity_config.block)
     present = get_mask(attention) if is_switchable(attention) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,21 +30,6 @@ def is_switchable(attention: SparseSelfAttention) -> bool:
     return isinstance(attention.sparsity_config, SwitchingSparsityConfig)
 
 
-def set_mask(attention: SparseSelfAttention, mask: Tensor | None) -> None:
-    """Give a switchable layer its mask, (n, n) or (heads, n, n); None makes it dense.
-
-    Raises:
-        ConfigError: the mask is none of this layer's.
-    """
-    sparsity, own = attention.sparsity_config, getattr(attention, "set_mask", None)
-    if own is not None:
-        own(mask)
-    elif isinstance(sparsity, SwitchingSparsityConfig):
-        sparsity.set_pattern(mask)
-    else:
-        raise ConfigError(f"the layout of a {type(sparsity).__name__} is static; no mask is set")
-
-
 def get_mask(attention: SparseSelfAttention, length: int | None = None) -> Tensor | None:
     """Return a layer's bool mask, (n, n) or (heads, n, n), on the CPU; None if it has none.
 
@@ -64,7 +49,7 @@ def get_mask(attention: SparseSelfAttention, length: int | None = None) -> Tenso
         return sparsity.pattern
     if isinstance(sparsity, DenseSparsityConfig):
         return None
-    length = length or getattr(attention, "max_seq_length", None)
+    length = length or attention.max_seq_length
     if length is None:
         raise ConfigError(
             f"a {type(sparsity).__name__} makes a mask for each length; give seq_len, the tokens "
@@ -160,10 +145,10 @@ def replace_masks(
     before = {name: get_mask(layer) for name, layer in switchable.items()}
     try:
         for name, layer in switchable.items():
-            set_mask(layer, masks.get(name))
-    except Exception:
+            layer.set_mask(masks.get(name))
+    except BaseException:  # all or none, whatever came in between
         for name, layer in switchable.items():
-            set_mask(layer, before[name])
+            layer.set_mask(before[name])
         raise
 
 
@@ -201,13 +186,38 @@ def get_masks(model: nn.Module, length: int) -> list[Tensor] | None:
     return None if all(bool(mask.all()) for mask in masks) else masks
 
 
-def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> str:
-    """Return the sha256 of the block layouts of all layers at ``length`` tokens, hexadecimal."""
+def masks_digest(masks: Iterable[Tensor | None]) -> str:
+    """Return the sha256 over the shapes and bits of all layers' masks, hexadecimal.
+
+    Args:
+        masks: of each layer (n, n) or (heads, n, n), or None while it is dense.
+    """
     digest = hashlib.sha256()
-    for attention in attentions:
-        mask = attention.sparsity_config.make_mask(length)
-        digest.update(mask.contiguous().numpy().tobytes())
+    for mask in masks:
+        shape = [] if mask is None else list(mask.shape)
+        digest.update(str(shape).encode())
+        digest.update(b"" if mask is None else pack_mask(mask))
     return digest.hexdigest()
+
+
+def layouts_digest(attentions: Sequence[SparseSelfAttention], length: int) -> str:
+    """Return the digest of the masks of all layers at ``length`` tokens."""
+    return masks_digest(attention.sparsity_config.make_mask(length) for attention in attentions)
+
+
+def pack_entry(mask: Tensor) -> dict[str, Any]:
+    """Return a bool mask as plain values and a tensor: ``shape`` and ``bits``."""
+    return {"shape": list(mask.shape), "bits": mask_bits(mask)}
+
+
+def unpack_entry(entry: Any) -> Tensor:
+    """Return the bool mask that ``pack_entry`` packed.
+
+    Raises:
+        KeyError, TypeError: it is no such entry.
+        ConfigError: its shape is no mask's, or the bits are none of that shape.
+    """
+    return mask_from_bits(entry["bits"], entry["shape"])
 
 
 def mask_bits(mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from spion_ds.attention import (
     PooledMapAccumulator,
     SparseSelfAttention,
 )
-from spion_ds.attention.map_request import mean_row_weights
+from spion_ds.attention.functional import stand_in
+from spion_ds.attention.map_request import mean_row_weights, query_counts, row_counts
 from spion_ds.errors import ConfigError
 from spion_ds.sparsity import SwitchingSparsityConfig
+from spion_ds.switching.masks import find_attentions
 
 Accumulator = AttentionMapAccumulator | PooledMapAccumulator
 SAMPLES, MICRO_BATCHES = "samples", "micro_batches"
@@ -48,10 +51,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
         ConfigError: there is none, or one configuration is shared by two modules.
     """
     layers = [
-        Layer(name, module, module.sparsity_config)
-        for name, module in model.named_modules()
-        if isinstance(module, SparseSelfAttention)
-        and isinstance(module.sparsity_config, SwitchingSparsityConfig)
+        Layer(name, attention, attention.sparsity_config)
+        for name, attention in find_attentions(model).items()
+        if isinstance(attention.sparsity_config, SwitchingSparsityConfig)
     ]
     if not layers:
         raise ConfigError(_nothing_to_switch(model))
@@ -85,14 +87,7 @@ class Probe:
     def __init__(self) -> None:
         self.seen = 0
 
-    def add(
-        self,
-        q_BHLD: Tensor,
-        k_BHLD: Tensor,
-        key_padding_mask: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> None:
+    def add(self, *_: Any, **__: Any) -> None:
         """Count a pass."""
         self.seen += 1
 
@@ -144,25 +139,11 @@ class MapObserver:
         """Add a pass; arguments as in :func:`spion_ds.attention.attention_map`."""
         self.maps.add(q_BHLD, k_BHLD, key_padding_mask, causal, scale)
         self.seen += 1
-        self._like = (_like(q_BHLD), _like(k_BHLD), key_padding_mask is None)
+        self._like = (stand_in(q_BHLD), stand_in(k_BHLD), key_padding_mask is None)
         if self.announced is not None:
-            counted = sample_counts(q_BHLD, key_padding_mask, len(self.announced))
+            counted = query_counts(q_BHLD[:, :1], key_padding_mask)  # of one head: samples
+            counted = _lengthened(counted, len(self.announced))
             self.real = counted if self.real is None else self.real + counted
-
-
-def _like(x: Tensor) -> Tensor:
-    """Return a tensor of x's shape, dtype and device that takes no memory; not to be read."""
-    return x.new_empty(1).expand(x.shape)
-
-
-def sample_counts(q_BHLD: Tensor, key_padding_mask: Tensor | None, length: int) -> Tensor:
-    """Return in how many samples each of ``length`` tokens is real, (length,) float64."""
-    counts = q_BHLD.new_zeros(length, dtype=torch.float64)
-    if key_padding_mask is None:
-        counts[: q_BHLD.shape[2]] = q_BHLD.shape[0]
-    else:
-        counts[: q_BHLD.shape[2]] = key_padding_mask.sum(dim=0).to(torch.float64)
-    return counts
 
 
 @dataclass
@@ -311,5 +292,5 @@ def count_real(padding_masks: Sequence[Tensor], length: int, device: torch.devic
     """Return in how many samples of the masks (B, L) each token is real, (length,) float64."""
     real = torch.zeros(length, dtype=torch.float64, device=device)
     for mask in padding_masks:
-        real[: mask.shape[1]] += mask.sum(dim=0).to(device, torch.float64)
+        real += _lengthened(row_counts(mask, heads=1).to(device), length)
     return real

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spion_ds.errors import CheckpointError, ConfigError
-from spion_ds.switching.decision import masks_digest
-from spion_ds.switching.masks import mask_bits, mask_from_bits
+from spion_ds.switching.masks import get_mask, masks_digest, pack_entry, unpack_entry
 from spion_ds.switching.observation import Layer
 
 FORMAT = 1
@@ -23,10 +22,14 @@ def pack_masks(layers: Sequence[Layer], sparse: bool) -> dict[str, Any]:
         layers: the attentions.
         sparse: whether they have switched.
     """
+    masks = [get_mask(layer.attention) if sparse else None for layer in layers]
     return {
         "layers": [_describe(layer) for layer in layers],
-        "masks": [_pack(layer) if sparse and not _has_buffer(layer) else None for layer in layers],
-        "digest": masks_digest(current_masks(layers)) if sparse else "",
+        "masks": [
+            None if mask is None or _has_buffer(layer) else pack_entry(mask)
+            for layer, mask in zip(layers, masks, strict=True)
+        ],
+        "digest": masks_digest(masks) if sparse else "",
     }
 
 
@@ -40,12 +43,13 @@ def check_state(state: Any, layers: Sequence[Layer]) -> None:
         )
     theirs, ours = state["layers"], [_describe(layer) for layer in layers]
     if theirs != ours:
-        different = [pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]]
-        where = (
-            f"layer {ours.index(different[0][1])} has {different[0][0]} there and "
-            f"{different[0][1]} here"
-            if different
-            else f"it has {len(theirs)} layers and this model {len(ours)}"
+        where = next(
+            (
+                f"layer {number} has {there} there and {here} here"
+                for number, (there, here) in enumerate(zip(theirs, ours, strict=False))
+                if there != here
+            ),
+            f"it has {len(theirs)} layers and this model {len(ours)}",
         )
         raise CheckpointError(
             f"the state is of another model: {where}; build the model as it was when it was saved"
@@ -88,7 +92,7 @@ def verify_masks(layers: Sequence[Layer], sparse: bool, digest: str | None) -> N
         ConfigError: a layer has a mask in the dense phase, or none in the sparse phase.
         CheckpointError: the masks are not those of the loaded state.
     """
-    masks = current_masks(layers)
+    masks = [get_mask(layer.attention) for layer in layers]
     for layer, mask in zip(layers, masks, strict=True):
         if sparse == (mask is None):
             raise ConfigError(
@@ -104,13 +108,6 @@ def verify_masks(layers: Sequence[Layer], sparse: bool, digest: str | None) -> N
         )
 
 
-def current_masks(layers: Sequence[Layer]) -> list[Tensor | None]:
-    """Return each layer's mask, read from its buffer where it has one."""
-    for layer in layers:
-        layer.attention.refresh()
-    return [layer.sparsity.pattern for layer in layers]
-
-
 def _has_buffer(layer: Layer) -> bool:
     return layer.attention.max_seq_length is not None
 
@@ -124,15 +121,8 @@ def _describe(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _pack(layer: Layer) -> dict[str, Any] | None:
-    mask = layer.sparsity.pattern
-    if mask is None:
-        return None
-    return {"shape": list(mask.shape), "bits": mask_bits(mask)}
-
-
-def _unpack(packed: dict[str, Any], layer: Layer) -> Tensor:
+def _unpack(entry: Any, layer: Layer) -> Tensor:
     try:
-        return mask_from_bits(packed["bits"], packed["shape"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return unpack_entry(entry)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the mask of {layer.name} is damaged: {error}") from error

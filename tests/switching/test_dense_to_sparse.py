@@ -343,6 +343,7 @@ def test_a_model_that_is_sparse_already_needs_the_drivers_state() -> None:
     [
         ({"heads": (2, 4)}, "layer 1 has"),
         ({"blocks": (8, 16)}, "layer 0 has"),
+        ({"blocks": (16, 8)}, "layer 1 has"),
         ({"per_head": True}, "layer 0 has"),
         ({"heads": (2,), "blocks": (16,)}, "2 layers and this model 1"),
     ],

@@ -28,7 +28,7 @@ from torch import Tensor
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError
-from spion_ds.switching.masks import mask_bits, mask_from_bits
+from spion_ds.switching.masks import pack_entry, unpack_entry
 from spion_ds.training.checkpoints.files import checkpoint_name, publish, write_manifest
 from spion_ds.training.config.deepspeed import zero_stage
 from spion_ds.training.config.run import RunConfig
@@ -141,7 +141,7 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         if packed is not None:
             if values["format"] == 1:
                 packed = [{"shape": packed["shape"], "bits": bits} for bits in packed["bits"]]
-            state.masks = [mask_from_bits(one["bits"], one["shape"]) for one in packed]
+            state.masks = [unpack_entry(entry) for entry in packed]
         return state, values["run"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -185,9 +185,7 @@ def _check_harmless_file(path: Path) -> None:
 def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     masks = plain.pop("masks")
-    packed = None
-    if masks is not None:
-        packed = [{"shape": list(mask.shape), "bits": mask_bits(mask)} for mask in masks]
+    packed = None if masks is None else [pack_entry(mask) for mask in masks]
     run = {
         "identity": identity(config),
         "batch_size": config.batches.total,
