@@ -11,7 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spion_ds"
 # What each room may import beside itself. Files at the top of the package serve every room.
-FOUNDATION = {"errors", "settings", "compiling", "extension", "random_bits", "recipes"}
+FOUNDATION = {
+    *("errors", "settings", "compiling", "extension"),
+    *("random_bits", "durable_files", "recipes"),
+}
+_MODELS = {"patterns", "sparsity", "attention", "switching"}
+_TRAINING = {*_MODELS, "distributed", "models", "data"}
 ALLOWED: dict[str, set[str]] = {
     "patterns": set(),
     "sparsity": {"patterns"},
@@ -20,27 +25,10 @@ ALLOWED: dict[str, set[str]] = {
     "switching": {"patterns", "sparsity", "attention", "distributed"},
     "ops": {"patterns", "sparsity", "attention"},
     "integrations": {"patterns", "sparsity", "attention", "distributed", "switching"},
-    "models": {"patterns", "sparsity", "attention", "switching"},
+    "models": _MODELS,
     "data": set(),
-    "training": {
-        "patterns",
-        "sparsity",
-        "distributed",
-        "attention",
-        "switching",
-        "models",
-        "data",
-    },
-    "inference": {
-        "patterns",
-        "sparsity",
-        "distributed",
-        "attention",
-        "switching",
-        "models",
-        "data",
-        "training",
-    },
+    "training": _TRAINING,
+    "inference": {*_TRAINING, "training"},
 }
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spion_ds.attention import SparseSelfAttention
+from spion_ds.durable_files import flush
 from spion_ds.errors import CheckpointError, ConfigError, SpionError, near_matches
 from spion_ds.switching.masks import (
     find_attentions,
@@ -196,7 +197,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
@@ -328,11 +329,3 @@ def _check_free(path: Path) -> None:
         ours = False
     if not ours:
         raise ConfigError(f"{path} exists and is no masks file; give another name, or remove it")
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

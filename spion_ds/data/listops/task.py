@@ -45,9 +45,9 @@ from spion_ds.data.storage.cache import (
     Split,
     create_split,
     prepare_cache,
-    sha256_of,
 )
 from spion_ds.data.storage.skyformer import Pickles
+from spion_ds.durable_files import sha256_of
 from spion_ds.errors import ConfigError, DataError
 
 __all__ = [

@@ -36,11 +36,11 @@ from spion_ds.data.storage.cache import (
     cache_folder,
     create_split,
     prepare_cache,
-    sha256_of,
     temporary_path,
 )
 from spion_ds.data.storage.processes import map_in_processes
 from spion_ds.data.storage.skyformer import Pickles
+from spion_ds.durable_files import sha256_of
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.settings import require
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from spion_ds.durable_files import flush, sha256_of
 from spion_ds.errors import DataError
 
 FORMAT_VERSION = 1
@@ -188,15 +189,6 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256_of_ends": ends.hexdigest()}
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _folder_name(task: str, parameters: Mapping[str, Any]) -> str:
     key = {"format_version": FORMAT_VERSION, "task": task, "parameters": parameters}
     text = json.dumps(key, sort_keys=True)
@@ -244,24 +236,16 @@ def _build(
         build(temporary)
         _write_manifest(temporary, task, parameters)
         for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
+            flush(path)
         try:
             temporary.rename(folder)
         except OSError:
             # Without locks another node may have been faster; its cache is as good.
             if not folder.exists():
                 raise
-        _fsync(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_manifest(folder: Path, task: str, parameters: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from spion_ds.durable_files import flush, sha256_of
 from spion_ds.errors import CheckpointError
 
 FORMAT = 1
@@ -27,7 +28,7 @@ def write_manifest(folder: Path, step: int, best_step: int | None) -> None:
     """Describe every file of a checkpoint, and flush all of them to disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        digests = list(pool.map(_sha256, paths))
+        digests = list(pool.map(sha256_of, paths))
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
@@ -41,7 +42,7 @@ def write_manifest(folder: Path, step: int, best_step: int | None) -> None:
     manifest["sha256"] = _digest(manifest)
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush(path)
 
 
 def check_whole(folder: Path, *, checksums: bool) -> None:
@@ -67,7 +68,7 @@ def check_whole(folder: Path, *, checksums: bool) -> None:
     if not checksums:
         return
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, [folder / name for name in files])
+        digests = pool.map(sha256_of, [folder / name for name in files])
     for (name, entry), digest in zip(files.items(), digests, strict=True):
         if digest != entry["sha256"]:
             raise CheckpointError(
@@ -133,9 +134,9 @@ def write_pointer(root: Path, pointer: str, name: str) -> None:
     """Make ``root/pointer`` ("latest" or "best") name a checkpoint, atomically."""
     temporary = root / f".{pointer}"
     temporary.write_text(name)
-    _flush(temporary)
+    flush(temporary)
     os.replace(temporary, root / pointer)
-    _flush(root)
+    flush(root)
 
 
 def publish(incomplete: Path, folder: Path) -> None:
@@ -215,19 +216,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
