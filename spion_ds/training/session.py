@@ -142,7 +142,7 @@ def train(options: TrainOptions) -> None:
     with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
         resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
         dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
-        agreement.from_first(lambda: _check_samples(config, dataset))
+        agreement.from_first(lambda: check_samples(config, dataset))
         if config.switches:
             majority = majority_baseline(dataset.train, dataset.validation)
             config.transition.check_gain(majority)
@@ -164,7 +164,7 @@ def train(options: TrainOptions) -> None:
         raise Stopped
 
 
-def _check_samples(config: RunConfig, dataset: Dataset) -> None:
+def check_samples(config: RunConfig, dataset: Dataset) -> None:
     """Let the task look at its training samples, for what the run wants to do with them."""
     check = get_task(config.task).check_samples
     if check is not None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from spion_ds.data.listops.levels import NO_VALUE, subexpression_values, take_apart
-from spion_ds.data.listops.subexpressions import check_readable, subexpression_loss
+from spion_ds.data.listops.subexpressions import subexpression_loss
 from spion_ds.data.listops.task import encode, evaluate
 from spion_ds.data.listops.trees import CLOSE_ID, MIN_ID, UNKNOWN_ID
 from spion_ds.data.storage.cache import Dataset, Split
@@ -19,6 +19,7 @@ from spion_ds.data.tasks import TASKS
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.models import EncoderClassifier, ModelConfig
 from spion_ds.sparsity import SparseAttentionConfig
+from spion_ds.training.session import check_samples
 from spion_ds.training.step.acceleration import AcceleratedForward
 from tests.training.launching import digest, drive, losses, rows, summary
 from tests.training.test_augmentation import DEPTH, trees
@@ -183,7 +184,7 @@ def test_what_reads_expressions_refuses_other_data() -> None:
     def check(tokens: np.ndarray, *overrides: str) -> None:
         split = Split(tokens, lengths, labels)
         config = build("listops_small", overrides=overrides)
-        check_readable(config, Dataset(split, split, split, Path("data/listops-1"), {}))
+        check_samples(config, Dataset(split, split, split, Path("data/listops-1"), {}))
 
     reading = ("training.augment=true",)
     check(ids, *reading)
