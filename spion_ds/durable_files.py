@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def flush(path: Path) -> None:
@@ -23,3 +25,25 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that a program of ours wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else, with the reason.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        if path.exists():
+            raise ValueError("it is no file")
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values

@@ -340,7 +340,7 @@ def test_a_damaged_export_is_exit_code_2(
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     assert main(["show", str(model)]) == 2
-    assert "model.safetensors cannot be read" in capsys.readouterr().err
+    assert "model.safetensors is damaged" in capsys.readouterr().err
 
 
 def test_export_overwrites_no_other_file(

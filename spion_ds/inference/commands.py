@@ -29,7 +29,7 @@ from spion_ds.settings import read_dataclass, require
 from spion_ds.sparsity import read_sparse_attention
 from spion_ds.switching.masks import density_text, get_masks
 from spion_ds.training.checkpoints.checkpoint import load_state
-from spion_ds.training.checkpoints.files import check_whole, find_checkpoint
+from spion_ds.training.checkpoints.files import find_checkpoint
 from spion_ds.training.config.run import build_run_config
 from spion_ds.training.reports.run_log import peak_memory_bytes, reset_peak_memory
 from spion_ds.training.session import prepare_data, saved_recipe
@@ -222,8 +222,6 @@ def evaluate_split(options: EvaluateOptions, ranks: Ranks) -> Evaluation:
 
     join(ranks)
     agreement = Agreement()
-    if not saved:
-        agreement.from_first(lambda: check_whole(folder, checksums=True))
     dataset = prepare_data(trained.task, trained.data, options.data_dir, ranks, agreement)
     split: Split = getattr(dataset, options.split)
     batch_size = options.batch_size or trained.batch_size

@@ -2,6 +2,7 @@
 
 config.json          sizes, sparse_attention, task and preprocessing, where it was trained
 model.safetensors    weights; each layer's block mask as bits, under masks.<layer>
+SHA256SUMS           the sha256 of both, as ``sha256sum -c`` reads it
 """
 
 from __future__ import annotations
@@ -17,18 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spion_ds.durable_files import flush, read_json, sha256_of
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.models.config import ModelConfig
 from spion_ds.models.encoder import EncoderClassifier
+from spion_ds.models.weights import check_weights
 from spion_ds.settings import read_dataclass
 from spion_ds.sparsity import read_sparse_attention
 from spion_ds.switching.mask_files import import_safetensors
 from spion_ds.switching.masks import get_masks, mask_bits, mask_from_bits, set_masks
 
-# 1 had one shape for the masks of all layers.
-FORMAT, _READABLE = 2, (1, 2)
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+# 2 had no sums.
+FORMAT = 3
+_CONFIG, _WEIGHTS, _SUMS = "config.json", "model.safetensors", "SHA256SUMS"
 _MASK = "masks."
+# What values of other types and sizes than ours raise where a model is made of them.
+_NONSENSE: tuple[type[Exception], ...] = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError),
+    ConfigError,
+)
 
 
 def save_model(
@@ -49,10 +57,12 @@ def save_model(
         trained: anything worth knowing about the training; JSON values.
 
     Raises:
+        CheckpointError: a weight is not finite.
         ConfigError: the folder is taken, or cannot be written.
     """
     folder = Path(folder)
     check_new_folder(folder)
+    check_weights(model.state_dict(), "the model to save")
     masks = get_masks(model, model.sizes["max_length"])
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
@@ -88,8 +98,9 @@ def load_model(
     """
     folder = Path(folder)
     config = read_model_config(folder)
-    tensors = _read_tensors(folder / _WEIGHTS)
+    tensors = _read_tensors(folder)
     packed = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    check_weights(tensors, str(folder / _WEIGHTS))
     try:
         model = EncoderClassifier(
             read_dataclass(ModelConfig, config["model"], "model"),
@@ -98,7 +109,7 @@ def load_model(
         )
         model.load_state_dict(tensors)
         set_masks(model, _unpack(packed, config, len(model.layers)), model.sizes["max_length"])
-    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+    except _NONSENSE as error:
         raise CheckpointError(
             f"{folder / _CONFIG} and {_WEIGHTS} do not make a model: {error}; export it again"
         ) from error
@@ -118,17 +129,19 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / _CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"there is no saved model in {folder}: {_CONFIG} is missing; give a folder that "
             "save_model or launch/evaluate.py --export wrote"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}); export the model again") from error
-    if not isinstance(config, dict) or config.get("format") not in _READABLE:
-        allowed = " or ".join(map(str, _READABLE))
-        raise CheckpointError(f"{path} is not of a saved model of format {allowed}")
+    if config.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not of a saved model of format {FORMAT}; export the model again"
+        )
+    _check_sum(folder, _CONFIG)
     return config
 
 
@@ -138,10 +151,10 @@ def read_model_masks(folder: Path) -> list[Tensor] | None:
     Raises:
         CheckpointError: a file is missing, damaged or of another format.
     """
-    config, packed = read_model_config(folder), _read_tensors(folder / _WEIGHTS, _MASK)
+    config, packed = read_model_config(folder), _read_tensors(folder, _MASK)
     try:
         return _unpack(packed, config, config["model"]["layers"])
-    except (KeyError, TypeError, ConfigError) as error:
+    except _NONSENSE as error:
         raise CheckpointError(
             f"{folder / _CONFIG} and {_WEIGHTS} do not hold masks: {error}; export the model again"
         ) from error
@@ -154,24 +167,54 @@ def check_new_folder(folder: Path) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: str) -> None:
+    library = import_safetensors()
+    from safetensors import SafetensorError
+
     temporary = folder.with_name(f".{folder.name}.incomplete-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        import_safetensors().save_file(tensors, temporary / _WEIGHTS)
+        library.save_file(tensors, temporary / _WEIGHTS)
         (temporary / _CONFIG).write_text(config)
         # The library makes files that only their owner may read.
         (temporary / _WEIGHTS).chmod((temporary / _CONFIG).stat().st_mode)
+        write_sums(temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            flush(path)
         os.replace(temporary, folder)
-    except OSError as error:
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ConfigError(f"the model cannot be written to {folder}: {error}") from error
+        raise ConfigError(
+            f"the model cannot be written to {folder}: {error}; make room there, or give another "
+            "folder"
+        ) from error
 
 
-def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+def write_sums(folder: Path) -> None:
+    """Write the sha256 of a saved model's files beside them."""
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in (_CONFIG, _WEIGHTS)]
+    (folder / _SUMS).write_text("".join(lines))
+
+
+def _check_sum(folder: Path, name: str) -> None:
+    path, sums = folder / name, folder / _SUMS
+    for needed in (path, sums):
+        if not needed.is_file():
+            raise CheckpointError(f"{needed} is missing; export the model again")
+    if f"{sha256_of(path)}  {name}" not in sums.read_text(errors="replace").splitlines():
+        raise CheckpointError(
+            f"{path} is damaged: it does not have its sha256 in {_SUMS}; export the model again, "
+            f"or, if you changed it, run 'sha256sum {_CONFIG} {_WEIGHTS} > {_SUMS}' there"
+        )
+
+
+def _read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors whose names start with ``prefix``."""
     import_safetensors()
     from safetensors import SafetensorError, safe_open
 
+    path = folder / _WEIGHTS
+    _check_sum(folder, _WEIGHTS)
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -181,11 +224,7 @@ def _read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _unpack(packed: dict[str, Tensor], config: dict[str, Any], layers: int) -> list[Tensor] | None:
-    if config["format"] == 1:
-        shape = config["mask_shape"]
-        shapes = None if shape is None else [shape] * layers
-    else:
-        shapes = config["mask_shapes"]
+    shapes = config["mask_shapes"]
     names = [f"{_MASK}{layer}" for layer in range(layers)] if shapes is not None else []
     if packed.keys() != set(names):
         raise ConfigError(f"there are masks {sorted(packed)}, and {layers} layers")

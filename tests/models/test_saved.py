@@ -14,10 +14,12 @@ from torch import Tensor
 
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.models import EncoderClassifier, ModelConfig, load_model, save_model
+from spion_ds.models.saved import write_sums
 from spion_ds.sparsity import read_sparse_attention
 from spion_ds.switching.masks import get_masks, set_masks
 
-pytest.importorskip("safetensors")
+load_file = pytest.importorskip("safetensors.torch").load_file
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 LENGTH, BLOCK = 70, 16  # a last block that is not full
 SPION = {"mode": "spion", "block": BLOCK}
@@ -63,19 +65,6 @@ def test_a_loaded_model_is_the_saved_one(kind: str, tmp_path: Path) -> None:
     masks, before = (get_masks(m, m.sizes["max_length"]) for m in (loaded, model))
     assert (masks is None) == (before is None) == (kind == "dense")
     assert all(torch.equal(a, b) for a, b in zip(masks or [], before or [], strict=True))
-
-
-def test_a_model_of_format_1_is_read(tmp_path: Path) -> None:
-    model = sparse_model()
-    save_model(model, tmp_path / "model")
-    # It had one shape, of the masks of all layers.
-    config = tmp_path / "model" / "config.json"
-    values = json.loads(config.read_text())
-    [shape, _] = values.pop("mask_shapes")
-    config.write_text(json.dumps({**values, "format": 1, "mask_shape": shape}))
-    loaded = load_model(tmp_path / "model")
-    assert torch.equal(logits(loaded), logits(model))
-    assert get_masks(loaded, LENGTH) is not None
 
 
 def test_a_mask_that_does_not_fit_its_layer_is_refused_and_changes_nothing() -> None:
@@ -175,13 +164,14 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     good, text = weights.read_bytes(), config.read_text()
 
     weights.write_bytes(good[:-10])
+    write_sums(folder)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         load_model(folder)
     weights.write_bytes(good)
 
     values = json.loads(text)
     for changed, message in (
-        ({"format": 9}, "not of a saved model of format 1 or 2"),
+        ({"format": 9}, "not of a saved model of format 3"),
         ({"sizes": {**values["sizes"], "vocab_size": 5}}, "size mismatch"),
         ({"mask_shapes": [[9, 9], [5, 5]]}, "cannot be a packed mask"),
         ({"mask_shapes": [[5, 5]]}, "mask_shapes has 1 shapes, and there are 2 layers"),
@@ -191,8 +181,44 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         ({"model": {**values["model"], "width": 3}}, "unknown key 'model.width'"),
     ):
         config.write_text(json.dumps({**values, **changed}))
+        write_sums(folder)
         with pytest.raises(CheckpointError, match=message):
             load_model(folder)
     config.write_text(text[:-20])
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "SHA256SUMS"])
+def test_a_model_with_one_bit_changed_is_not_loaded(name: str, tmp_path: Path) -> None:
+    save_model(sparse_model(), tmp_path / "model")
+    path = tmp_path / "model" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="export the model again"):
+        load_model(tmp_path / "model")
+
+
+def test_sha256sum_reads_the_sums(tmp_path: Path) -> None:
+    save_model(sparse_model(), tmp_path / "model")
+    words = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    result = subprocess.run(words, cwd=tmp_path / "model", capture_output=True, check=True)
+    assert result.stdout == b"config.json: OK\nmodel.safetensors: OK\n"
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    model = sparse_model()
+    save_model(model, tmp_path / "model")
+    with torch.no_grad():
+        model.classifier[-1].bias[0] = torch.inf
+    message = r"NaN or infinite \(classifier\.\d\.bias\)"
+    with pytest.raises(CheckpointError, match=message):
+        save_model(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, **model.state_dict()}, weights)
+    write_sums(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "model")

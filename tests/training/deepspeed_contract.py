@@ -23,9 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import Ranks, import_deepspeed, join, leave
-from spion_ds.errors import ConfigError
+from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.training.checkpoints.checkpoint import check_harmless
+from spion_ds.training.checkpoints.resuming import make_universal
 from spion_ds.training.config.deepspeed import check_with_deepspeed, resolve_deepspeed_config
 from spion_ds.training.config.sections import OptimizerConfig, TrainingConfig
 from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
@@ -201,7 +203,7 @@ def test_every_key_of_the_configuration_is_looked_for_in_the_mapping(setup: Setu
 
 
 def test_the_converter_to_universal_checkpoints_takes_these_options() -> None:
-    words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--help"]
+    words = [sys.executable, "-m", "spion_ds.training.checkpoints.universal", "--help"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     for name in ("inject_missing_state", "input_folder", "output_folder"):
@@ -501,6 +503,47 @@ def test_the_files_hold_only_the_known_records(setup: Setup, tmp_path: Path) -> 
     take_steps(ours, setup, 0)
     ours.save_checkpoint(tmp_path / "step-1")
     check_harmless(tmp_path / "step-1")
+
+
+class Executes:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@every_setup
+def test_code_in_a_file_that_was_swapped_in_after_the_check_does_not_run(
+    setup: Setup, tmp_path: Path
+) -> None:
+    ours, checkpoint, made = setup.adapter(), tmp_path / "step-1", tmp_path / "made"
+    take_steps(ours, setup, 0)
+    ours.save_checkpoint(checkpoint)
+    check_harmless(checkpoint)
+    kept = dict(os.environ)
+    for path in sorted(checkpoint.glob("*.pt")):
+        whole = path.read_bytes()
+        torch.save({**torch.load(path, weights_only=False), "y": Executes(made)}, path)
+        with pytest.raises(CheckpointError, match=r"step-1 holds more than .*mkdir.* run code"):
+            setup.adapter().load_checkpoint(checkpoint)
+        path.write_bytes(whole)
+    assert not made.exists()
+    assert dict(os.environ) == kept
+
+
+def test_the_converter_to_universal_checkpoints_runs_no_code_of_files(tmp_path: Path) -> None:
+    setup, checkpoint, made = Setup(2), tmp_path / "step-1", tmp_path / "made"
+    ours = setup.adapter()
+    take_steps(ours, setup, 0)
+    ours.save_checkpoint(checkpoint)
+    path = next(checkpoint.glob("*optim_states.pt"))
+    torch.save({**torch.load(path, weights_only=False), "y": Executes(made)}, path)
+    with pytest.raises(CheckpointError, match=r"cannot make a universal checkpoint .*step-1"):
+        make_universal(checkpoint, Agreement())
+    assert not made.exists()
 
 
 @every_setup

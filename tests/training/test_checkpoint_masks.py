@@ -14,6 +14,7 @@ from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoints import checkpoint
 from spion_ds.training.checkpoints.checkpoint import TrainingState, load_state
+from spion_ds.training.checkpoints.files import write_manifest
 from spion_ds.training.step.evaluation import build_model, load_checkpoint_model
 from tests.training.launching import TINY
 from tests.training.test_config import build
@@ -38,11 +39,15 @@ def save_state(folder: Path, masks: list[Tensor] | None, **state: Any) -> dict[s
         discover_ranks(),
     )
     checkpoint._save(values, folder / "state.pt")
+    write_manifest(folder, 4, None)
     return values
 
 
-def rewrite(folder: Path, values: dict[str, Any], **changed: Any) -> None:
-    torch.save({**values, **changed}, folder / "state.pt")
+def rewrite(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """Replace a file, and describe it in the manifest."""
+    torch.save(values, folder / name)
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, 4, None)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_format_1_is_read(shape: tuple[int, ...] | None, tmp_path: Path) -> None
     }
     bits = [torch.from_numpy(np.packbits(one.numpy().reshape(-1))) for one in masks or []]
     packed = None if shape is None else {"shape": list(shape), "bits": bits}
-    rewrite(tmp_path, values, format=1, masks=packed)
+    rewrite(tmp_path, "state.pt", {**values, "format": 1, "masks": packed})
     state, _ = load_state(tmp_path)
     assert (state.step, state.masks is None) == (4, shape is None)
     assert all(torch.equal(a, b) for a, b in zip(state.masks or [], masks or [], strict=True))
@@ -101,7 +106,7 @@ def test_format_1_is_read(shape: tuple[int, ...] | None, tmp_path: Path) -> None
 def test_a_state_that_cannot_be_read_is_named(
     changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    rewrite(tmp_path, save_state(tmp_path, [mask(8, 8)]), **changed)
+    rewrite(tmp_path, "state.pt", {**save_state(tmp_path, [mask(8, 8)]), **changed})
     with pytest.raises(CheckpointError, match=message):
         load_state(tmp_path)
 
@@ -120,7 +125,7 @@ def test_masks_that_do_not_fit_the_model_are_refused(
 ) -> None:
     config = build(str(TINY), {})
     save_state(tmp_path, [mask(*shape) for shape in shapes])
-    torch.save(build_model(config).state_dict(), tmp_path / "weights.pt")
+    rewrite(tmp_path, "weights.pt", build_model(config).state_dict())
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint_model(tmp_path, config, torch.device("cpu"))
 
@@ -132,8 +137,30 @@ def test_a_checkpoint_with_a_mask_a_head_is_the_model_that_was_saved(tmp_path: P
     assert [tuple(one.shape) for one in masks] == [(2, 8, 8)] * 2
     assert not torch.equal(masks[0][0], masks[0][1])
     save_state(tmp_path, masks)
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    rewrite(tmp_path, "weights.pt", model.state_dict())
     loaded = load_checkpoint_model(tmp_path, config, torch.device("cpu"))
     ids = torch.randint(1, 16, (2, 128), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert torch.equal(loaded(ids, ids > 0), model(ids, ids > 0))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    config = build(str(TINY), {})
+    save_state(tmp_path, None)
+    weights = build_model(config).state_dict()
+    weights["norm.weight"][0] = torch.nan
+    rewrite(tmp_path, "weights.pt", weights)
+    with pytest.raises(CheckpointError, match=r"NaN or infinite \(norm\.weight\)"):
+        load_checkpoint_model(tmp_path, config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["state.pt", "weights.pt"])
+def test_a_file_with_one_bit_changed_is_not_loaded(name: str, tmp_path: Path) -> None:
+    config = build(str(TINY), {})
+    save_state(tmp_path, None)
+    rewrite(tmp_path, "weights.pt", build_model(config).state_dict())
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged: it does not have the sha256"):
+        load_checkpoint_model(tmp_path, config, torch.device("cpu"))

@@ -14,8 +14,8 @@ state.pt and weights.pt hold tensors and plain values, and are read with weights
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,11 +28,21 @@ from torch import Tensor
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError
+from spion_ds.models.weights import check_weights
 from spion_ds.switching.masks import pack_entry, unpack_entry
-from spion_ds.training.checkpoints.files import checkpoint_name, publish, write_manifest
+from spion_ds.training.checkpoints.files import (
+    checkpoint_name,
+    publish,
+    read_checked,
+    write_manifest,
+)
 from spion_ds.training.config.deepspeed import zero_stage
 from spion_ds.training.config.run import RunConfig
-from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine, record_types
+from spion_ds.training.step.deepspeed_engine import (
+    DeepSpeedEngine,
+    could_run_code,
+    restricted_loads,
+)
 
 # 1 had one shape for the masks of all layers, and a rule's memory in place of a driver's state.
 FORMAT, _READABLE = 2, (1, 2)
@@ -127,7 +137,7 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     Raises:
         CheckpointError: the file is damaged or of another format.
     """
-    values = _load(folder / "state.pt")
+    values = _load(folder, "state.pt")
     if not isinstance(values, dict) or values.get("format") not in _READABLE:
         raise CheckpointError(
             f"{folder / 'state.pt'} is not a spion_ds checkpoint of format "
@@ -138,6 +148,7 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         if values["format"] == 1:  # its rule's memory is no driver's state
             del values["state"]["rule"]
         state = TrainingState(**values["state"])
+        _check_types(state, values["run"])
         if packed is not None:
             if values["format"] == 1:
                 packed = [{"shape": packed["shape"], "bits": bits} for bits in packed["bits"]]
@@ -149,23 +160,43 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         ) from error
 
 
+def _check_types(state: TrainingState, run: Any) -> None:
+    """Raise TypeError unless the values are of the types that are saved."""
+    whole, optional = ("step", "samples_seen", "seed"), ("switch_step", "best_step")
+    numbers = [getattr(state, name) for name in whole]
+    numbers += [value for name in optional if (value := getattr(state, name)) is not None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise TypeError("its steps and counts are no whole numbers")
+    if not isinstance(state.best_accuracy, float) or not isinstance(state.switch, dict):
+        raise TypeError("best_accuracy is no number, or switch no mapping")
+    counts = ("batch_size", "world_size", "zero_stage", "seed")
+    if not all(type(run[name]) is int for name in counts) or not isinstance(run["precision"], str):
+        raise TypeError("its run has sizes of another type")
+    if not all(isinstance(run["identity"][section], dict | str) for section in IDENTITY):
+        raise TypeError("its run has no identity")
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the model's state dict on the CPU.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing or damaged, or holds weights that are not finite.
     """
-    return _load(folder / "weights.pt")
+    weights = _load(folder, "weights.pt")
+    check_weights(weights, str(folder / "weights.pt"))
+    return weights
 
 
 def check_harmless(folder: Path) -> None:
-    """Read a checkpoint's files with a restricted unpickler, before DeepSpeed reads them freely.
+    """Read a checkpoint's files with a restricted unpickler, before any work starts.
+
+    DeepSpeed reads them in the same way later: what is swapped in meanwhile does not run either.
 
     Raises:
         CheckpointError: one names anything but tensors, plain values and DeepSpeed's own records,
             so that reading it could run code.
     """
-    with torch.serialization.safe_globals(record_types()):
+    with restricted_loads():
         for path in sorted(folder.rglob("*.pt")):
             _check_harmless_file(path)
 
@@ -174,12 +205,7 @@ def _check_harmless_file(path: Path) -> None:
     try:  # mapped: the tensors themselves are not read
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many kinds
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        raise CheckpointError(
-            f"{path} holds more than tensors and DeepSpeed's own records"
-            f"{f' ({named[1]})' if named else ''}, and could run code when it is read; use "
-            "another checkpoint"
-        ) from error
+        raise could_run_code(str(path), error) from error
 
 
 def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -198,14 +224,13 @@ def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, An
     return {"format": FORMAT, "state": plain, "masks": packed, "run": run}
 
 
-def _load(path: Path) -> Any:
+def _load(folder: Path, name: str) -> Any:
+    content = io.BytesIO(read_checked(folder, name))  # what is checked is what is used
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; use another checkpoint") from error
+        return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({_first_line(error)}); use another "
+            f"{folder / name} is damaged or not a checkpoint ({_first_line(error)}); use another "
             "checkpoint of the run"
         ) from error
 

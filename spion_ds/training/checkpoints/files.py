@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spion_ds.durable_files import flush, sha256_of
+from spion_ds.durable_files import flush, read_json, sha256_of
 from spion_ds.errors import CheckpointError
 
 FORMAT = 1
@@ -71,9 +71,26 @@ def check_whole(folder: Path, *, checksums: bool) -> None:
         digests = pool.map(sha256_of, [folder / name for name in files])
     for (name, entry), digest in zip(files.items(), digests, strict=True):
         if digest != entry["sha256"]:
-            raise CheckpointError(
-                f"{folder / name} is damaged: it does not have the sha256 of its manifest"
-            )
+            raise _changed(folder / name)
+
+
+def read_checked(folder: Path, name: str) -> bytes:
+    """Return the content of a file of a checkpoint, which has the sha256 of the manifest.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    entry, path = _read_manifest(folder)["files"].get(name), folder / name
+    if entry is None or not path.is_file():
+        raise CheckpointError(f"{path} is missing; use another checkpoint of the run")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise _changed(path)
+    return content
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: it does not have the sha256 of its manifest")
 
 
 def find_checkpoint(
@@ -201,17 +218,35 @@ def _check_named(folder: Path, checksums: bool) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        stated, found = manifest.pop("sha256"), _digest(manifest)
+        manifest = read_json(path)
+        stated, found = manifest.pop("sha256", None), _digest(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
     if stated != found:
         raise CheckpointError(f"{path} is damaged: it does not have its own sha256")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']!r}, not {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}, not {FORMAT}")
+    if not _describes_files(manifest):
+        raise CheckpointError(f"{path} is damaged: it does not describe a checkpoint's files")
     return manifest
+
+
+def _describes_files(manifest: dict[str, Any]) -> bool:
+    """Return whether the values are of the types that ``write_manifest`` writes."""
+    files, best = manifest.get("files"), manifest.get("best_step", False)
+    return (
+        type(manifest.get("step")) is int
+        and (best is None or type(best) is int)
+        and isinstance(files, dict)
+        and all(
+            isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and isinstance(entry.get("sha256"), str)
+            for entry in files.values()
+        )
+    )
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -105,7 +105,6 @@ def check_switch_state(folder: Path, state: TrainingState, config: RunConfig) ->
 
 def load_engine(engine: DeepSpeedEngine, resume: Resume, agreement: Agreement) -> None:
     """Let the engine go on from a checkpoint's files, in the way that was planned."""
-    # DeepSpeed's optimizer files are pickles; they were written by this run.
     if resume.way == "exact":
         engine.load_checkpoint(resume.folder)
     elif resume.way == "universal":
@@ -134,7 +133,7 @@ def drop_universal(folder: Path) -> None:
 
 def _convert(folder: Path, target: Path) -> None:
     shutil.rmtree(target.parent, ignore_errors=True)
-    words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    words = [sys.executable, "-m", "spion_ds.training.checkpoints.universal"]
     words += ["--inject_missing_state", "--input_folder", str(folder)]
     words += ["--output_folder", str(target)]
     # Reads and writes files only, beside the ranks: without a GPU, few workers.

@@ -7,6 +7,9 @@ tests/training/test_deepspeed_contract.py, at both ends of the range that setup.
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,26 +152,56 @@ class DeepSpeedEngine:
         return failures
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Go on from DeepSpeed's files of a checkpoint, which are pickles: trust them first.
+        """Go on from DeepSpeed's files of a checkpoint. They are pickles, and run no code here.
 
         Raises:
-            CheckpointError: there are none.
+            CheckpointError: there are none, or this rank's hold what could run code.
         """
-        found, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        try:
+            with restricted_loads():
+                found, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except pickle.UnpicklingError as error:
+            raise could_run_code(f"a file of DeepSpeed's in {folder}", error) from error
         if found is None:
             raise CheckpointError(
                 f"{folder} has no files of DeepSpeed's; use another checkpoint of the run"
             )
 
 
-def record_types() -> list[Any]:
-    """Return the classes, beside tensors and plain values, that DeepSpeed's files may hold."""
+def could_run_code(what: str, error: Exception) -> CheckpointError:
+    """Return the error for a file that ``restricted_loads`` refused with ``error``."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    return CheckpointError(
+        f"{what} holds more than tensors and DeepSpeed's own records"
+        f"{f' ({named[1]})' if named else ''}, and could run code when it is read; use "
+        "another checkpoint"
+    )
+
+
+@contextlib.contextmanager
+def restricted_loads() -> Iterator[None]:
+    """Let every ``torch.load`` read tensors, plain values and DeepSpeed's own records alone.
+
+    DeepSpeed unpickles its files freely. The environment overrules what it asks for, in child
+    processes too; anything else in a file is an UnpicklingError, and does not run.
+    """
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in forced}
+    records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    os.environ.update(forced)
+    try:
+        with torch.serialization.safe_globals(records):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skipping: Callable[[], bool]) -> None:
