@@ -23,6 +23,8 @@ from typing import TypeVar
 
 import torch
 
+from spion_ds.durable_files import flush, sha256_of
+
 T = TypeVar("T")
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -68,7 +70,7 @@ class Library:
                 # Built against another PyTorch: compiling for this one may still work.
                 if compiling_is_off():
                     raise
-        if not compile and not self.cached().exists():
+        if not compile and not self.is_cached():
             raise RuntimeError(f"The {self.title} are not compiled.")
         return load(self.compiled())
 
@@ -77,7 +79,7 @@ class Library:
         return next(iter(sorted(_PACKAGE.glob(f"{self.name}*.so"))), None)
 
     def compiled(self) -> Path:
-        """Return the library of the cache, which one process compiles if it is not there.
+        """Return the library of the cache, which one process compiles if it is not whole there.
 
         Raises:
             RuntimeError: it cannot be compiled.
@@ -85,12 +87,25 @@ class Library:
         if compiling_is_off():
             raise RuntimeError("SPION_DS_NO_COMPILE is set, so nothing is compiled.")
         library = self.cached()
-        if not library.exists():
+        if not self.is_cached():
             library.parent.mkdir(parents=True, exist_ok=True)
             with _only_one_process(library.parent / "compiling.lock"):
-                if not library.exists():
+                if not self.is_cached():
                     self.write(library)
+                    _sum_of(library).write_text(sha256_of(library))
         return library
+
+    def is_cached(self) -> bool:
+        """Return whether the cache has it as it was compiled: a damaged one may kill Python.
+
+        Raises:
+            RuntimeError: the sources are not installed.
+        """
+        library = self.cached()
+        try:
+            return _sum_of(library).read_text() == sha256_of(library)
+        except (OSError, ValueError):
+            return False
 
     def cached(self) -> Path:
         """Return where the cache keeps it, whether it is there or not.
@@ -149,7 +164,13 @@ class Library:
             except subprocess.SubprocessError as error:
                 # PyTorch asks a compiler for its version before it builds CUDA sources.
                 raise RuntimeError(str(error)) from error
+            flush(built)
             os.replace(built, path)
+
+
+def _sum_of(library: Path) -> Path:
+    """Return the path of the file with a library's sha256."""
+    return library.with_name(f"{library.name}.sha256")
 
 
 # nvcc's, beside those of PyTorch: wgmma is of this architecture alone.

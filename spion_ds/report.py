@@ -215,10 +215,10 @@ def _found(library: compiling.Library, no_tools: str | None) -> tuple[str, str]:
     if compiling.compiling_is_off():
         return "SPION_DS_NO_COMPILE is set: not compiled, nor loaded from the cache", "forbidden"
     try:
-        cached = library.cached()
+        cached, there = library.cached(), library.is_cached()
     except RuntimeError as error:
         return str(error), "no sources"
-    if cached.exists():
+    if there:
         return f"compiled, {cached}", "there"
     if no_tools is not None:
         return f"not compiled, and cannot be: {no_tools}", "no tools"

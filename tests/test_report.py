@@ -12,6 +12,7 @@ import pytest
 
 from spion_ds import compiling, extension, report
 from spion_ds.attention.hopper import backend as hopper_backend
+from spion_ds.durable_files import sha256_of
 from spion_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,7 @@ def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
     library = compiling.CPP.cached()
     library.parent.mkdir()
     library.write_bytes(b"no library")
+    library.with_name("_ops.so.sha256").write_text(sha256_of(library))
     found = report.Report()
     assert not report._operators(found, None)
     [(_, line)] = found.sections["operators"]

@@ -32,6 +32,7 @@ def test_two_processes_compile_once_and_a_killed_compile_blocks_neither(compiled
     assert all("Warning" not in process.stderr for process in processes)
     assert {path.name for path in folder.iterdir()} == {
         "_ops.so",
+        "_ops.so.sha256",
         "compiling.lock",
         "build-killed",
     }
@@ -42,6 +43,28 @@ def test_a_compiled_library_is_used_again_without_a_word(compiled_together):
     again = finish(start(FILL, SPION_DS_CACHE=str(folder.parent), SPION_DS_NO_COMPILE=""))
     assert again.stdout == FILLED + "True\n"
     assert again.stderr == ""
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "one bit", "no sum"])
+def test_a_damaged_library_is_compiled_again_and_not_loaded(damage, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPION_DS_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPION_DS_NO_COMPILE", raising=False)
+    content = b"a library"
+    library = compiling.Library(
+        "_ops", "operators", ("*.cpp",), "no time", lambda _, output: output.write_bytes(content)
+    )
+    path = library.compiled()
+    assert library.is_cached()
+    total = path.with_name("_ops.so.sha256")
+    if damage == "no sum":
+        total.unlink()
+    else:
+        damaged = {"cut off": content[:4], "empty": b"", "one bit": b"a librari"}[damage]
+        path.write_bytes(damaged)
+    loaded = []
+    library.load(lambda found: loaded.append(found.read_bytes()))
+    assert loaded == [content]
+    assert library.is_cached()
 
 
 def test_a_shipped_library_is_used_first(compiled_together, tmp_path):
@@ -208,7 +231,8 @@ def test_nvcc_compiles_once_for_all_gpus(fake_nvcc, monkeypatch, tmp_path):
     monkeypatch.delenv("SPION_DS_NO_COMPILE", raising=False)
     library = compiling.CUDA.load(lambda path: path)
     assert library == compiling.CUDA.cached()
-    assert {path.name for path in library.parent.iterdir()} == {"_cuda.so", "compiling.lock"}
+    files = {path.name for path in library.parent.iterdir()}
+    assert files == {"_cuda.so", "_cuda.so.sha256", "compiling.lock"}
     assert compiling.CUDA.load(lambda path: path) == library
     [arguments] = (fake_nvcc / "arguments").read_text().splitlines()
     assert "-arch=all-major" in arguments
