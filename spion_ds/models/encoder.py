@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from spion_ds.attention import LearnedPattern, SparseSelfAttention
 from spion_ds.models.config import ModelConfig
 from spion_ds.models.embedding import Embedding
+from spion_ds.models.inputs import check_ids, check_shapes
 from spion_ds.models.layers import PLACES_A_LAYER, AttentionPooling, EncoderLayer, dropper
 from spion_ds.models.rotary import rotations
 from spion_ds.random_bits import combine
@@ -197,7 +198,14 @@ class EncoderClassifier(nn.Module):
             dropout_keys: (dropout_places, B) int32 from ``sample_keys``; None means no dropout on
                 the residual stream. Only used in training mode.
             guess_tokens: ask for the tokens; vocab_size itself is the id of a masked one.
+
+        Raises:
+            DataError: inputs of another shape or longer than the model takes; in evaluation mode
+                also token ids that it does not have, which training has no time to look for.
         """
+        check_shapes(input_ids, padding_mask, self.documents, self.sizes["max_length"])
+        if not self.training:
+            check_ids(input_ids, self.token_embedding.num_embeddings)
         shape = input_ids.shape
         keys = dropout_keys if self.training else None
         input_ids, real = self.seen_by_attention(input_ids, padding_mask)
