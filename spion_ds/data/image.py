@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from spion_ds.data.storage.archives import DOWNLOAD, Archive
 from spion_ds.data.storage.cache import Dataset, create_split, prepare_cache
-from spion_ds.data.storage.restricted_pickle import load_pickle
+from spion_ds.data.storage.restricted_pickle import load_pickle, whole_numbers
 from spion_ds.data.storage.skyformer import Pickles
 from spion_ds.errors import DataError
 from spion_ds.settings import require
@@ -130,7 +130,9 @@ def _read_batch(file, where: str) -> tuple[np.ndarray, np.ndarray]:  # type: ign
     """Return (N, pixels) grey levels and (N,) labels of one batch file."""
     batch = load_pickle(file, where)
     try:
-        planes, labels = batch[b"data"], np.asarray(batch[b"labels"])
+        planes, labels = batch[b"data"], whole_numbers(batch[b"labels"])
+        if labels is None or labels.ndim != 1 or not len(labels):
+            raise ValueError("labels that are no list of whole numbers")
         if planes.dtype != np.uint8 or planes.shape != (len(labels), 3 * PIXELS):
             raise ValueError(f"images of {planes.dtype} and shape {planes.shape}")
         if not 0 <= labels.min() <= labels.max() < NUM_CLASSES:

@@ -15,7 +15,6 @@ from spion_ds.data import image, text
 from spion_ds.data.image import ImageConfig, to_grey
 from spion_ds.data.storage import archives
 from spion_ds.data.storage.archives import Archive
-from spion_ds.data.storage.restricted_pickle import load_pickle
 from spion_ds.data.text import TextConfig
 from spion_ds.errors import ConfigError, DataError
 
@@ -201,26 +200,6 @@ def test_damaged_archives_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     publish(monkeypatch, image, path)
     with pytest.raises(DataError, match=r"test_batch is not a batch of CIFAR-10.*labels from 11"):
         image.prepare(config, tmp_path / "data")
-
-
-class Evil:
-    def __reduce__(self) -> tuple:
-        return (print, ("executed",))
-
-
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_pickles_cannot_run_code(protocol: int, capsys: pytest.CaptureFixture[str]) -> None:
-    good = {"a": [np.arange(5), np.float32(2.0), np.int64(3)], b"b": (None, "text", b"\xff")}
-    read = load_pickle(io.BytesIO(pickle.dumps(good, protocol)), "good")
-    assert read["a"][0].tolist() == [0, 1, 2, 3, 4]
-    assert read["a"][1:] == [2.0, 3]
-    assert read[b"b"] == (None, "text", b"\xff")
-    for bad in (Evil(), {"a": [Evil()]}, Path("x"), np.array([Evil()], dtype=object)):
-        with pytest.raises(DataError, match="cannot be read as a data pickle"):
-            load_pickle(io.BytesIO(pickle.dumps(bad, protocol)), "bad")
-    with pytest.raises(DataError, match="cannot be read as a data pickle"):
-        load_pickle(io.BytesIO(pickle.dumps(good, protocol)[:-20]), "cut")
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

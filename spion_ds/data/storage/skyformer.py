@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spion_ds.data.storage.cache import Dataset, create_split, fingerprint, prepare_cache
-from spion_ds.data.storage.restricted_pickle import load_pickle
+from spion_ds.data.storage.restricted_pickle import load_pickle, whole_numbers
 from spion_ds.errors import DataError
 
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -95,7 +95,10 @@ class Pickles:
                 tokens = self._tokens(sample, f"input_ids_{document}", where, sequence_length)
                 ids[row, document, : len(tokens)] = tokens
                 lengths[row, document] = len(tokens)
-            split.labels[row] = _whole(sample, "label", where, self.num_classes)[()]
+            label = _whole(sample, "label", where, self.num_classes)
+            if label.size != 1:
+                raise DataError(f"{where} has {label.size} labels; allowed: one")
+            split.labels[row] = label.item()
 
     def _tokens(self, sample: Any, key: str, where: str, sequence_length: int) -> np.ndarray:
         tokens = _whole(sample, key, where, self.vocab_size).reshape(-1)
@@ -106,6 +109,11 @@ class Pickles:
                 f"{where}: {len(tokens)} tokens do not fit data.sequence_length "
                 f"{sequence_length}; raise it"
             )
+        if not self.padded and len(tokens) != sequence_length:
+            raise DataError(
+                f"{where}: {len(tokens)} pixels; allowed: {sequence_length}, the whole image; the "
+                "file belongs to another task"
+            )
         return tokens
 
 
@@ -114,8 +122,8 @@ def _whole(sample: Any, key: str, where: str, bound: int) -> np.ndarray:
     value = None
     if isinstance(sample, dict):
         value = sample.get(key, sample.get(key.encode()))
-    array = np.asarray(value if value is not None else "")
-    if array.dtype.kind not in "iu":
+    array = whole_numbers(value)
+    if array is None:
         raise DataError(f"{where} has no whole numbers under {key!r}; this is another format")
     if array.size and not 0 <= array.min() <= array.max() < bound:
         raise DataError(
