@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from spion_ds.data.listops import task as listops
 from spion_ds.data.listops.official import OFFICIAL_FILES, parse_official
 from spion_ds.data.listops.task import ListOpsConfig, fill_splits, prepare
-from spion_ds.data.listops.trees import UNKNOWN_ID, TreeShape, draw_trees, evaluate, truncated_value
+from spion_ds.data.listops.trees import TreeShape, draw_trees, evaluate, truncated_value
 from spion_ds.data.storage.cache import Split
 from spion_ds.data.tasks import get_task
 from spion_ds.errors import ConfigError, DataError
@@ -338,12 +339,27 @@ def test_official_files_round_trip(tmp_path: Path, newline: str, below: str) -> 
         np.testing.assert_array_equal(read.labels, written.labels)
 
 
-def test_unknown_tokens_get_the_unknown_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("( ( ( [MIN 1 ) seven ) ] )", "seven"),
+        ("[MEDIAN 1 5 8 ]", "[MEDIAN"),
+        ("[ MAX 2 3 ]", "["),
+        # With a token that is unknown the rest was not looked at.
+        ("[MAX x ] 3 ] [MIN", "x"),
+        ("hello world", "hello"),
+    ],
+)
+def test_official_files_and_inputs_refuse_the_same_tokens(
+    tmp_path: Path, text: str, token: str
+) -> None:
     path = tmp_path / "basic_val.tsv"
-    path.write_text("Source\tTarget\n( ( ( [MIN 1 ) seven ) ] )\t1\n")
-    [(ids, label)] = parse_official(path, 2048)
-    assert ids.tolist() == [11, 2, UNKNOWN_ID, 15]
-    assert label == 1
+    path.write_text(f"Source\tTarget\n{text}\t1\n")
+    message = f"{re.escape(repr(token))} is no token of ListOps; allowed: 0 to 9"
+    with pytest.raises(DataError, match=rf"^{path}, line 2: {message}.*unpack"):
+        list(parse_official(path, 2048))
+    with pytest.raises(DataError, match=f"^{message}"):
+        listops.encode(text, None)
 
 
 def test_changed_official_files_get_another_cache(official: ListOpsConfig, tmp_path: Path) -> None:
@@ -388,12 +404,15 @@ LINE = "( ( ( [MIN 1 ) 2 ) ] )"
         ("Source\tTarget\n\t1\n", r"line 2: .*no expression"),
         (
             "Source\tTarget\n[MAX 1 [MIN ] ]\t1\n",
-            r"line 2: .*found an operator without operands: allowed: .* one operand or more",
+            r"line 2: an operator without operands; allowed: .* one operand or more",
         ),
-        ("Source\tTarget\n[MAX 1 ] [MIN 2 ]\t1\n", r"line 2: .*found no single expression"),
-        ("Source\tTarget\n1 ] [MAX 2\t1\n", r"line 2: .*found no single expression"),
+        ("Source\tTarget\n[MAX 1 ] [MIN 2 ]\t1\n", r"line 2: no single expression"),
+        ("Source\tTarget\n1 ] [MAX 2\t1\n", r"line 2: no single expression"),
         (f"Source\tTarget\n{LINE}\t1\n\n", r"no tab"),
-        ("Source\tTarget\n" + "5 " * 129 + "\t5\n", r"129 tokens do not fit data.sequence_length"),
+        (
+            "Source\tTarget\n" + "[MAX " + "5 " * 127 + "]\t5\n",
+            r"129 tokens do not fit data.sequence_length",
+        ),
     ],
 )
 def test_damaged_official_files_are_errors_before_anything_is_written(

@@ -70,6 +70,8 @@ __all__ = [
 
 # Part of the cache's name: raise it when the same configuration gives other trees.
 GENERATOR_VERSION = 1
+# The same of official files: 1 took tokens that ListOps does not have.
+OFFICIAL_VERSION = 2
 GENERATE = "generate"
 BRACKETS = (MIN_ID, SM_ID, CLOSE_ID)
 PICKLES = Pickles("listops", "lra-listops", VOCAB_SIZE, NUM_CLASSES, padded=True)
@@ -168,6 +170,7 @@ def prepare(config: ListOpsConfig, root: Path, verify: bool = True) -> Dataset:
         "source": "official",
         "sha256": {path.name: sha256_of(path) for path in paths.values()},
         "sequence_length": config.sequence_length,
+        "version": OFFICIAL_VERSION,
     }
     return prepare_cache(
         root, "listops", parameters, lambda folder: _build_official(config, paths, folder), verify
