@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spion_ds.data.storage.cache import Dataset, create_split, fingerprint, prepare_cache
+from spion_ds.data.storage.cache import Dataset, create_split
 from spion_ds.data.storage.skyformer import Pickles
+from spion_ds.data.storage.sources import prepare_from_files
 from spion_ds.data.text import VOCAB_SIZE, byte_ids, encode
 from spion_ds.errors import DataError
 from spion_ds.settings import require
@@ -76,15 +77,17 @@ def prepare(config: RetrievalConfig, root: Path, verify: bool = True) -> Dataset
     if config.source and (pickles := PICKLES.paths(config.source)):
         return PICKLES.prepare(pickles, config.sequence_length, root, verify)
     paths = _official_paths(config.source)
-    parameters = {
-        "source": "official",
-        "files": {path.name: fingerprint(path) for path in paths.values()},
-        "max_length": config.max_length,
-        "sequence_length": config.sequence_length,
-        "version": _VERSION,
-    }
-    return prepare_cache(
-        root, "retrieval", parameters, lambda folder: _convert(config, paths, folder), verify
+    return prepare_from_files(
+        root,
+        "retrieval",
+        {path.name: path for path in paths.values()},
+        {
+            "max_length": config.max_length,
+            "sequence_length": config.sequence_length,
+            "version": _VERSION,
+        },
+        lambda folder: _convert(config, paths, folder),
+        verify,
     )
 
 

@@ -374,6 +374,18 @@ def test_official_files_are_read_in_both_formats(tmp_path: Path) -> None:
     assert (data.train.lengths == 256).all()
 
 
+def test_other_images_under_the_same_metadata_are_another_cache(tmp_path: Path) -> None:
+    pixels = write_official(tmp_path, batches=1)
+    config = replace(OFFICIAL, source=str(tmp_path))
+    before = prepare(config, tmp_path / "data")
+    assert prepare(config, tmp_path / "data").folder == before.folder
+    image = Image.fromarray(255 - pixels[4].reshape(16, 16))
+    image.save(tmp_path / "imgs" / "0" / "sample_4.png")
+    after = prepare(config, tmp_path / "data")
+    assert np.array_equal(after.train.input_ids[4], 255 - pixels[4])
+    assert prepare(config, tmp_path / "data", verify=False).folder == after.folder
+
+
 def test_mistakes_in_official_files_are_named(tmp_path: Path) -> None:
     config = replace(OFFICIAL, source=str(tmp_path))
     with pytest.raises(DataError, match=r"has no metadata/<number>\.npy.*'generate'"):

@@ -179,16 +179,6 @@ def temporary_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Return a large file's size and the sha256 of its first and last megabyte."""
-    size, ends = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        ends.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        ends.update(file.read())
-    return {"bytes": size, "sha256_of_ends": ends.hexdigest()}
-
-
 def _folder_name(task: str, parameters: Mapping[str, Any]) -> str:
     key = {"format_version": FORMAT_VERSION, "task": task, "parameters": parameters}
     text = json.dumps(key, sort_keys=True)
