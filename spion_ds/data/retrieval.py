@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from spion_ds.data.storage.archives import user_folder
 from spion_ds.data.storage.cache import Dataset, create_split
 from spion_ds.data.storage.skyformer import Pickles
 from spion_ds.data.storage.sources import prepare_from_files
@@ -134,7 +135,7 @@ def _official_paths(source: str) -> dict[str, Path]:
         raise DataError(
             f"data.source is not set; name the folder with {', '.join(FILES.values())}; {where}"
         )
-    folder = Path(source).expanduser()
+    folder = user_folder(source)
     for place in (folder, folder / "tsv_data", folder / "lra_release" / "tsv_data"):
         if (place / FILES["train"]).is_file():
             folder = place

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
+import runpy
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -494,27 +492,23 @@ def test_an_unknown_task_lists_the_known_ones() -> None:
         get_task("listop")
 
 
-def prepare_data(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "launch/prepare_data.py", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def prepare_data(*arguments: str) -> int:
+    return runpy.run_path(str(REPOSITORY / "launch/prepare_data.py"))["main"](arguments)
 
 
-def test_the_command_line_prepares_and_describes(tmp_path: Path) -> None:
-    done = prepare_data(
+def test_the_command_line_prepares_and_describes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = prepare_data(
         "--data_dir", str(tmp_path), "train=100", "data.validation=20", "test=20",
         "min_length=20", "max_length=100", "sequence_length=128",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    said = capsys.readouterr()
+    assert code == 0, said.err
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
-    assert f"data: {folder}" in done.stdout
-    assert "train: 100 sequences" in done.stdout
-    assert "root operator only" in done.stdout
+    assert f"data: {folder}" in said.out
+    assert "train: 100 sequences" in said.out
+    assert "root operator only" in said.out
 
 
 @pytest.mark.parametrize(
@@ -524,14 +518,19 @@ def test_the_command_line_prepares_and_describes(tmp_path: Path) -> None:
         ("train=many", "error: data.train is 'many'; wanted: a whole number"),
         ("train", "error: data.train has no value"),
         ("train=0", "error: data.train is 0; allowed: a whole number from 1 up"),
+        ("train={a", "error: the value of 'train={a' is not YAML"),
+        ("train=2001-99-99", "error: the value of 'train=2001-99-99' is not YAML"),
+        ("train=" + "[" * 500, "error: the value of 'train=[[["),
         ("--task=imdb", "error: unknown task 'imdb'"),
         ("source=/nowhere", "error: data.source is '/nowhere'"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, argument: str, message: str) -> None:
-    done = prepare_data("--data_dir", str(tmp_path / "data"), argument)
-    assert done.returncode == 2
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_mistakes_are_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    assert prepare_data("--data_dir", str(tmp_path / "data"), argument) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(message)
+    assert said.err.count("\n") == 1
+    assert said.out == ""
     assert not (tmp_path / "data").exists()

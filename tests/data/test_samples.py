@@ -38,6 +38,7 @@ def test_expressions_may_have_the_official_files_parentheses() -> None:
         ("[MAX 1 [MIN ] ]", "an operator without operands; allowed: .* one operand or more"),
         ("1 2 17", "token id 17 is not in the vocabulary of listops; allowed: 0 to 16"),
         ("-1", "'-1' is no token"),
+        ("1" * 5000, "a number with thousands of digits is no token id"),
         (",", "there is nothing in it"),
         ("1 " * 21, "21 tokens; allowed: up to 20"),
     ],

@@ -17,6 +17,7 @@ from spion_ds.data.listops.trees import (
     MIN_ID,
     SM_ID,
 )
+from spion_ds.data.storage.archives import user_folder
 from spion_ds.errors import DataError, near_matches
 
 OFFICIAL_FILES = {
@@ -37,7 +38,7 @@ _TOKEN_IDS = {b"%d" % (token_id - DIGIT_IDS[0]): token_id for token_id in DIGIT_
 
 def official_paths(source: str) -> dict[str, Path]:
     """Return the path of each split's file; all exist."""
-    folder = Path(source).expanduser()
+    folder = user_folder(source)
     names = OFFICIAL_FILES.values()
     if not any((folder / name).exists() for name in names) and (folder / "listops-1000").is_dir():
         folder = folder / "listops-1000"

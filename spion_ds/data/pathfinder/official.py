@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from spion_ds.data.storage.archives import user_folder
 from spion_ds.errors import DataError
 
 # The difficulty that the Long Range Arena uses.
@@ -28,7 +29,7 @@ def official_metadata(source: str, image_size: int) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    folder = Path(source).expanduser()
+    folder = user_folder(source)
     size = f"pathfinder{image_size}"
     places = [folder, folder / _HARD, folder / size / _HARD, folder / "lra_release" / size / _HARD]
     for place in places:

@@ -10,7 +10,6 @@ import functools
 import math
 import os
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -339,14 +338,15 @@ def _shard(config: PathfinderConfig, folder: Path, number: int) -> tuple[np.ndar
 
 
 def _read_shard(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             pixels, labels = arrays["pixels"], arrays["labels"]
-    # Not there, or cut short when the machine went down: it is drawn again.
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except Exception:  # cut short when the machine went down: it is drawn again
         return None
     fits = pixels.shape == (SHARD_IMAGES, sequence_length) and labels.shape == (SHARD_IMAGES,)
-    return (pixels, labels) if fits else None
+    return (pixels, labels) if fits and pixels.dtype == labels.dtype == np.uint8 else None
 
 
 def _pickles(config: PathfinderConfig) -> Pickles:

@@ -160,6 +160,8 @@ def open_cache(folder: Path, *, verify: bool = True) -> Dataset:
         DataError: something is missing, damaged or of another format; it names the file.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is not a folder, as a dataset cache is; remove it")
     if not folder.is_dir():
         raise DataError(
             f"there is no dataset cache at {folder}; launch/prepare_data.py generates one"
@@ -168,6 +170,9 @@ def open_cache(folder: Path, *, verify: bool = True) -> Dataset:
     for name in _file_names():
         _check_file(folder, name, manifest["files"][name], verify)
     splits = {split: _open_split(folder, split, manifest["files"]) for split in SPLITS}
+    shapes = {split.input_ids.shape[1:] for split in splits.values()}
+    if len(shapes) > 1:
+        raise _damaged(folder, _MANIFEST, f"has splits of different lengths: {sorted(shapes)}")
     return Dataset(**splits, folder=folder, manifest=manifest)
 
 
@@ -193,7 +198,10 @@ def _file_names() -> list[str]:
 def _writer_lock(folder: Path) -> Iterator[bool]:
     """Hold the lock beside ``folder``; yields False where the file system has no locks."""
     # The kernel lets go of the lock when its holder ends, however it ends.
-    with folder.with_name(folder.name + ".lock").open("ab") as file:
+    lock = folder.with_name(folder.name + ".lock")
+    if lock.exists() and not lock.is_file():
+        raise DataError(f"{lock} is not a regular file; remove it")
+    with lock.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -264,14 +272,15 @@ def _damaged(folder: Path, name: str, what: str) -> DataError:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise _damaged(folder, _MANIFEST, "is missing")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         version, files = manifest["format_version"], manifest["files"]
         name = _folder_name(manifest["task"], manifest["parameters"])
-        known = {key: set(files[key]) for key in _file_names()}
-    except FileNotFoundError:
-        raise _damaged(folder, _MANIFEST, "is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = {key: files[key] for key in _file_names()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(folder, _MANIFEST, f"cannot be read as a manifest ({error!r})") from error
     if version != FORMAT_VERSION:
         raise _damaged(folder, _MANIFEST, f"has format {version!r}, not {FORMAT_VERSION}")
@@ -279,8 +288,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _damaged(
             folder, _MANIFEST, f"describes the cache {name}: it was edited or the folder renamed"
         )
-    for key, entry in known.items():
-        if not {"bytes", "shape", "dtype", "sha256"} <= entry:
+    for key, entry in entries.items():
+        if not isinstance(entry, dict) or not {"bytes", "shape", "dtype", "sha256"} <= set(entry):
             raise _damaged(folder, _MANIFEST, f"does not describe {key} in full")
     return manifest
 
@@ -313,7 +322,9 @@ def _open_split(folder: Path, split: str, files: Mapping[str, Any]) -> Split:
                 folder, name, f"is not a {dimensions[0]}-dimensional array of {dtypes[0]}: {found}"
             )
         arrays[array] = values
-    rows = {array: len(values) for array, values in arrays.items()}
-    if len(set(rows.values())) > 1:
-        raise _damaged(folder, f"{split}_input_ids.npy", f"and its siblings differ in rows: {rows}")
-    return Split(**arrays)
+    whole = Split(**arrays)
+    rows = whole.lengths.shape[0]
+    if whole.input_ids.shape[:-1] != whole.lengths.shape or rows != len(whole) or rows == 0:
+        shapes = ", ".join(f"{array} {values.shape}" for array, values in arrays.items())
+        raise _damaged(folder, f"{split}_*.npy", f"have no rows, or differ in rows: {shapes}")
+    return whole

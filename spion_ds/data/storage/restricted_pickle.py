@@ -13,7 +13,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def _opcode(name: str) -> int:
 class _Unpickler(_PythonUnpickler):
     stack: list[Any]
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="bytes")
         self.memo = _Memo()
         self._encoded: dict[str, bytes] = {}
@@ -199,7 +199,7 @@ class _Unpickler(_PythonUnpickler):
     }
 
 
-def load_pickle(file: BinaryIO, where: str | Path) -> Any:
+def load_pickle(file: IO[bytes], where: str | Path) -> Any:
     """Return the content of a pickle of plain Python values and NumPy arrays of numbers.
 
     Strings that Python 2 wrote come back as bytes, and NumPy's scalars as Python's. Arrays are

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from spion_ds.data.storage.archives import user_folder
 from spion_ds.data.storage.cache import Dataset, create_split
 from spion_ds.data.storage.restricted_pickle import load_pickle, whole_numbers
 from spion_ds.data.storage.sources import prepare_from_files
@@ -48,7 +49,7 @@ class Pickles:
         Raises:
             DataError: another one is missing.
         """
-        folder = Path(source).expanduser()
+        folder = user_folder(source)
         paths = {ours: folder / f"{self.stem}.{name}.pickle" for ours, name in _SPLITS.items()}
         if not paths["train"].is_file():
             return None
