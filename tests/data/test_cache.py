@@ -146,7 +146,7 @@ def test_pickled_arrays_are_never_loaded(folder: Path) -> None:
             r"does not describe test_labels",
         ),
         (lambda m: m["files"].update({"test_labels.npy": [[]]}), r"does not describe test_labels"),
-        (lambda m: m.update(parameters=[]), r"manifest\.json describes the cache toy-"),
+        (lambda m: m.update(parameters=["x" * 5000]), r"manifest\.json describes the cache toy-"),
         (lambda m: m["files"]["test_labels.npy"].update(bytes=5), r"test_labels\.npy has \d+ by"),
         (lambda m: m["files"]["test_labels.npy"].update(shape=[5]), r"test_labels\.npy has .*\[12"),
         (
@@ -170,6 +170,15 @@ def test_an_unreadable_manifest_is_found(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json cannot be read.*delete the folder"):
         open_cache(folder)
+
+
+def test_a_message_does_not_repeat_the_damaged_file(folder: Path) -> None:
+    path = folder / "manifest.json"
+    for content in (b"\xff" * 9999, json.dumps({"format_version": "x" * 9999}).encode()):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"manifest\.json cannot be read") as caught:
+            open_cache(folder)
+        assert len(str(caught.value)) < 500 + 2 * len(str(folder))
 
 
 def test_a_damaged_cache_is_never_overwritten(folder: Path) -> None:

@@ -97,13 +97,13 @@ def encode(text: str, config: Any) -> np.ndarray:
 
 def _expression(source: bytes) -> np.ndarray:
     tokens = source.translate(None, delete=b"()").split()
-    for token in tokens:
-        if token not in _TOKEN_IDS:
-            raise DataError(
-                f"{_shown(token)} is no token of ListOps; allowed: 0 to 9, [MIN, [MAX, [MED, [SM "
-                "and ], with spaces between them"
-            )
-    ids = np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
+    try:
+        ids = np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
+    except KeyError as error:
+        raise DataError(
+            f"{_shown(error.args[0])} is no token of ListOps; allowed: 0 to 9, [MIN, [MAX, [MED, "
+            "[SM and ], with spaces between them"
+        ) from None
     if len(ids) and (fault := first_fault(ids[None])) is not None:
         raise DataError(
             f"{fault[1]}; allowed: one expression, each operator with one operand or more"

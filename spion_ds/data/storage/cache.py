@@ -266,8 +266,9 @@ def _write_manifest(folder: Path, task: str, parameters: Mapping[str, Any]) -> N
 
 
 def _damaged(folder: Path, name: str, what: str) -> DataError:
+    # What a damaged file says may be long.
     return DataError(
-        f"{folder / name} {what}; delete the folder {folder} and run again: it is made anew"
+        f"{folder / name} {what[:300]}; delete the folder {folder} and run again: it is made anew"
     )
 
 
@@ -281,7 +282,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         name = _folder_name(manifest["task"], manifest["parameters"])
         entries = {key: files[key] for key in _file_names()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(folder, _MANIFEST, f"cannot be read as a manifest ({error!r})") from error
+        raise _damaged(
+            folder, _MANIFEST, f"cannot be read as a manifest ({type(error).__name__}: {error})"
+        ) from error
     if version != FORMAT_VERSION:
         raise _damaged(folder, _MANIFEST, f"has format {version!r}, not {FORMAT_VERSION}")
     if name != folder.name:
