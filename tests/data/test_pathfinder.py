@@ -336,3 +336,20 @@ def test_every_shard_has_the_same_number_of_images() -> None:
     pixels, labels = draw_shard(TINY, 7)
     assert pixels.shape == (SHARD_IMAGES, 256)
     assert labels.shape == (SHARD_IMAGES,)
+
+
+def test_a_shard_that_is_damaged_in_any_way_is_drawn_again(tmp_path: Path) -> None:
+    path = tmp_path / "000000.npz"
+    pixels, labels = np.ones((SHARD_IMAGES, 256), np.uint8), np.zeros(SHARD_IMAGES, np.uint8)
+    np.savez_compressed(path, pixels=pixels, labels=labels)
+    assert pathfinder._read_shard(path, 256) is not None
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + b"\xff" * 7 + whole[place + 7 :])
+        found = pathfinder._read_shard(path, 256)
+        assert found is None or (found[0] == pixels).all()
+    np.savez_compressed(path, pixels=pixels.astype(float), labels=labels)
+    assert pathfinder._read_shard(path, 256) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert pathfinder._read_shard(path, 256) is None
