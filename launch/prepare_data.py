@@ -41,8 +41,8 @@ def parse_overrides(task: Task, overrides: Sequence[str]) -> Any:
             raise ConfigError(f"data.{key} has no value; write {key}=value")
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {override!r} is not YAML") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such date; [[[[…
+            raise ConfigError(f"the value of {override[:80]!r} is not YAML") from error
     config = read_dataclass(task.config_class, values, "data")
     config.validate()
     task.check_source(config)

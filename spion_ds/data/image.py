@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tarfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
-from spion_ds.data.storage.archives import DOWNLOAD, Archive
+from spion_ds.data.storage.archives import DOWNLOAD, Archive, open_tar
 from spion_ds.data.storage.cache import Dataset, create_split, prepare_cache
-from spion_ds.data.storage.restricted_pickle import load_pickle
+from spion_ds.data.storage.restricted_pickle import load_pickle, whole_numbers
 from spion_ds.data.storage.skyformer import Pickles
 from spion_ds.errors import DataError
 from spion_ds.settings import require
@@ -104,14 +103,10 @@ def to_grey(planes: np.ndarray) -> np.ndarray:
 
 def _convert(config: ImageConfig, archive: Path, folder: Path) -> None:
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    try:
-        # Read in memory: nothing of the archive is unpacked to disk.
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tqdm(tar, desc=f"reading {archive.name}", unit=" files"):
-                if member.name in (*_TRAIN_FILES, _TEST_FILE) and (file := tar.extractfile(member)):
-                    found[member.name] = _read_batch(file, f"{archive}: {member.name}")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{archive} cannot be read ({error}); get it again") from error
+    with open_tar(archive) as members:
+        for name, file in members:
+            if name in (*_TRAIN_FILES, _TEST_FILE):
+                found[name] = _read_batch(file, f"{archive}: {name}")
     for name in (*_TRAIN_FILES, _TEST_FILE):
         if name not in found:
             raise DataError(f"{archive} has no {name}; get it from {ARCHIVE.address} again")
@@ -126,11 +121,13 @@ def _convert(config: ImageConfig, archive: Path, folder: Path) -> None:
     _write(folder, "test", *found[_TEST_FILE])
 
 
-def _read_batch(file, where: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
+def _read_batch(file: IO[bytes], where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (N, pixels) grey levels and (N,) labels of one batch file."""
     batch = load_pickle(file, where)
     try:
-        planes, labels = batch[b"data"], np.asarray(batch[b"labels"])
+        planes, labels = batch[b"data"], whole_numbers(batch[b"labels"])
+        if labels is None or labels.ndim != 1 or not len(labels):
+            raise ValueError("labels that are no list of whole numbers")
         if planes.dtype != np.uint8 or planes.shape != (len(labels), 3 * PIXELS):
             raise ValueError(f"images of {planes.dtype} and shape {planes.shape}")
         if not 0 <= labels.min() <= labels.max() < NUM_CLASSES:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from spion_ds.data.storage.cache import Dataset, create_split, fingerprint, prepare_cache
+from spion_ds.data.storage.archives import user_folder
+from spion_ds.data.storage.cache import Dataset, create_split
 from spion_ds.data.storage.skyformer import Pickles
+from spion_ds.data.storage.sources import prepare_from_files
 from spion_ds.data.text import VOCAB_SIZE, byte_ids, encode
 from spion_ds.errors import DataError
 from spion_ds.settings import require
@@ -76,15 +78,17 @@ def prepare(config: RetrievalConfig, root: Path, verify: bool = True) -> Dataset
     if config.source and (pickles := PICKLES.paths(config.source)):
         return PICKLES.prepare(pickles, config.sequence_length, root, verify)
     paths = _official_paths(config.source)
-    parameters = {
-        "source": "official",
-        "files": {path.name: fingerprint(path) for path in paths.values()},
-        "max_length": config.max_length,
-        "sequence_length": config.sequence_length,
-        "version": _VERSION,
-    }
-    return prepare_cache(
-        root, "retrieval", parameters, lambda folder: _convert(config, paths, folder), verify
+    return prepare_from_files(
+        root,
+        "retrieval",
+        {path.name: path for path in paths.values()},
+        {
+            "max_length": config.max_length,
+            "sequence_length": config.sequence_length,
+            "version": _VERSION,
+        },
+        lambda folder: _convert(config, paths, folder),
+        verify,
     )
 
 
@@ -131,7 +135,7 @@ def _official_paths(source: str) -> dict[str, Path]:
         raise DataError(
             f"data.source is not set; name the folder with {', '.join(FILES.values())}; {where}"
         )
-    folder = Path(source).expanduser()
+    folder = user_folder(source)
     for place in (folder, folder / "tsv_data", folder / "lra_release" / "tsv_data"):
         if (place / FILES["train"]).is_file():
             folder = place

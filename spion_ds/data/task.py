@@ -38,7 +38,8 @@ class Task:
         config_class: dataclass of the task's ``data.*`` keys; its defaults are the published set.
         vocab_size: token ids are below it.
         num_classes: labels are below it.
-        prepare: ``(config, root, verify=True)`` returns the Dataset, made under ``root`` if new.
+        prepare: ``(config, root, verify=True)`` returns the Dataset, made under ``root`` if new;
+            ``verify`` hashes the user's files and the cache's, for which one rank is enough.
         check_source: ``(config)`` raises DataError if files of the user's are missing, truncated
             or of another format; quick, and writes nothing.
         baselines: ``(train, split)`` returns accuracies in [0, 1] of trivial readers, by name.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import tarfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from spion_ds.data.storage.archives import DOWNLOAD, Archive
+from spion_ds.data.storage.archives import DOWNLOAD, Archive, open_tar
 from spion_ds.data.storage.cache import Dataset, create_split, prepare_cache
 from spion_ds.data.storage.skyformer import Pickles
 from spion_ds.errors import DataError
@@ -110,18 +108,12 @@ def encode(text: str, config: Any) -> np.ndarray:
 
 def _convert(config: TextConfig, archive: Path, folder: Path) -> None:
     reviews: dict[str, list[tuple[int, int, bytes]]] = {"train": [], "test": []}
-    try:
-        # Read in memory: nothing of the archive is unpacked to disk.
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tqdm(tar, desc=f"reading {archive.name}", unit=" files"):
-                name = _MEMBER.fullmatch(member.name)
-                file = tar.extractfile(member) if name and member.isfile() else None
-                if name and file:
-                    split, kind, number = name.groups()
-                    text = file.read(config.max_length)
-                    reviews[split].append((int(number), int(kind == "pos"), text))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{archive} cannot be read ({error}); get it again") from error
+    with open_tar(archive) as members:
+        for path, file in members:
+            if name := _MEMBER.fullmatch(path):
+                split, kind, number = name.groups()
+                text = file.read(config.max_length)
+                reviews[split].append((int(number), int(kind == "pos"), text))
     for split, found in reviews.items():
         wanted = config.train + config.validation if split == "train" else 1
         if len(found) < wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import sys
@@ -342,13 +343,22 @@ def predict(trained: TrainedModel, samples: list[Sample]) -> np.ndarray:
 
 
 def _open(source: str) -> Any:
-    if source == STDIN:
-        return nullcontext(sys.stdin)
-    return Path(source).open(encoding="utf-8")
+    # With or without the byte order mark of Windows's editors; never as the locale has it.
+    if source != STDIN:
+        return Path(source).open(encoding="utf-8-sig")
+    if sys.stdin is None:
+        raise DataError("standard input is closed; give --input a file, or inputs through a pipe")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    return nullcontext(sys.stdin)
 
 
 def _decoded(lines: TextIO, name: str) -> Iterator[str]:
+    mend = "save it as UTF-8, with one input a line"
     try:
-        yield from lines
+        for line in lines:
+            if "\0" in line:  # what UTF-16 without a byte order mark looks like
+                raise DataError(f"{name} is not UTF-8 text: it has null characters; {mend}")
+            yield line
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text: {error}; give one input a line") from error
+        raise DataError(f"{name} is not UTF-8 text: {error}; {mend}") from error

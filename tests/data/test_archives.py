@@ -7,6 +7,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from spion_ds.data import image, text
 from spion_ds.data.image import ImageConfig, to_grey
 from spion_ds.data.storage import archives
 from spion_ds.data.storage.archives import Archive
-from spion_ds.data.storage.restricted_pickle import load_pickle
+from spion_ds.data.tasks import get_task
 from spion_ds.data.text import TextConfig
 from spion_ds.errors import ConfigError, DataError
 
@@ -203,24 +204,51 @@ def test_damaged_archives_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         image.prepare(config, tmp_path / "data")
 
 
-class Evil:
-    def __reduce__(self) -> tuple:
-        return (print, ("executed",))
+def test_odd_members_of_an_archive_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cifar-10-python.tar.gz"
+    name = "cifar-10-batches-py/test_batch"
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+        with tarfile.open(path, "w:gz") as tar:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, name  # a link to itself, for ever
+            tar.addfile(member)
+        publish(monkeypatch, image, path)
+        with pytest.raises(DataError, match="has no cifar-10-batches-py/data_batch_1; get it"):
+            image.prepare(ImageConfig(str(tmp_path), 20, 5), tmp_path / "data")
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_pickles_cannot_run_code(protocol: int, capsys: pytest.CaptureFixture[str]) -> None:
-    good = {"a": [np.arange(5), np.float32(2.0), np.int64(3)], b"b": (None, "text", b"\xff")}
-    read = load_pickle(io.BytesIO(pickle.dumps(good, protocol)), "good")
-    assert read["a"][0].tolist() == [0, 1, 2, 3, 4]
-    assert read["a"][1:] == [2.0, 3]
-    assert read[b"b"] == (None, "text", b"\xff")
-    for bad in (Evil(), {"a": [Evil()]}, Path("x"), np.array([Evil()], dtype=object)):
-        with pytest.raises(DataError, match="cannot be read as a data pickle"):
-            load_pickle(io.BytesIO(pickle.dumps(bad, protocol)), "bad")
-    with pytest.raises(DataError, match="cannot be read as a data pickle"):
-        load_pickle(io.BytesIO(pickle.dumps(good, protocol)[:-20]), "cut")
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("module", [image, text])
+def test_an_archive_that_is_damaged_inside_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    write, config = {
+        image: (write_cifar, ImageConfig(str(tmp_path), 20, 5)),
+        text: (write_imdb, TextConfig(str(tmp_path), 8, 4, 24, 32)),
+    }[module]
+    write(tmp_path, monkeypatch)
+    path = tmp_path / module.ARCHIVE.name
+    whole = path.read_bytes()
+    for place in (60, len(whole) // 3, len(whole) // 2):
+        path.write_bytes(whole[:place] + b"\xff" * 9 + whole[place + 9 :])
+        publish(monkeypatch, module, path)
+        with pytest.raises(DataError, match=f"{path}"):
+            module.prepare(config, tmp_path / "data")
+
+
+def test_a_folder_that_nobody_has_is_named() -> None:
+    for name in ("text", "image", "listops", "retrieval", "pathfinder32"):
+        task = get_task(name)
+        with pytest.raises(DataError, match=r"data\.source is '~nobody-here/data'.*name a folder"):
+            task.check_source(task.config_class(source="~nobody-here/data"))
+
+
+def test_a_folder_in_the_place_of_a_download_is_named(tmp_path: Path) -> None:
+    place = tmp_path / "downloads" / image.ARCHIVE.name
+    place.mkdir(parents=True)
+    with pytest.raises(DataError, match=f"{place} is not a regular file; remove it"):
+        image.prepare(CIFAR, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 from spion_ds.data.listops.task import ListOpsConfig, prepare
 from spion_ds.data.storage import cache
 from spion_ds.data.storage.cache import cache_folder, create_split, open_cache, prepare_cache
+from spion_ds.data.tasks import get_task
 from spion_ds.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -140,6 +141,12 @@ def test_pickled_arrays_are_never_loaded(folder: Path) -> None:
         (lambda m: m.pop("files"), r"manifest\.json cannot be read as a manifest"),
         (lambda m: m["files"].pop("test_labels.npy"), r"manifest\.json cannot be read"),
         (lambda m: m["files"]["test_labels.npy"].pop("sha256"), r"does not describe test_labels"),
+        (
+            lambda m: m["files"].update({"test_labels.npy": ["bytes", "shape", "dtype", "sha256"]}),
+            r"does not describe test_labels",
+        ),
+        (lambda m: m["files"].update({"test_labels.npy": [[]]}), r"does not describe test_labels"),
+        (lambda m: m.update(parameters=["x" * 5000]), r"manifest\.json describes the cache toy-"),
         (lambda m: m["files"]["test_labels.npy"].update(bytes=5), r"test_labels\.npy has \d+ by"),
         (lambda m: m["files"]["test_labels.npy"].update(shape=[5]), r"test_labels\.npy has .*\[12"),
         (
@@ -158,11 +165,20 @@ def test_an_edited_manifest_is_found(folder: Path, edit, message: str) -> None:
         open_cache(folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '"text"', "\x00", "[" * 100_000])
 def test_an_unreadable_manifest_is_found(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json cannot be read.*delete the folder"):
         open_cache(folder)
+
+
+def test_a_message_does_not_repeat_the_damaged_file(folder: Path) -> None:
+    path = folder / "manifest.json"
+    for content in (b"\xff" * 9999, json.dumps({"format_version": "x" * 9999}).encode()):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"manifest\.json cannot be read") as caught:
+            open_cache(folder)
+        assert len(str(caught.value)) < 500 + 2 * len(str(folder))
 
 
 def test_a_damaged_cache_is_never_overwritten(folder: Path) -> None:
@@ -177,13 +193,97 @@ def test_no_cache_says_how_to_get_one(tmp_path: Path) -> None:
         open_cache(tmp_path / "toy-0")
 
 
-def test_splits_whose_arrays_differ_in_rows_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"test_labels": np.zeros(11, np.uint8)}, r"have no rows, or differ in rows"),
+        ({"test_lengths": np.zeros((12, 2), np.int32)}, r"have no rows, or differ in rows"),
+        (
+            {
+                "test_labels": np.zeros(0, np.uint8),
+                "test_lengths": np.zeros(0, np.int32),
+                "test_input_ids": np.zeros((0, 8), np.uint8),
+            },
+            r"have no rows, or differ in rows",
+        ),
+        ({"test_input_ids": np.zeros((12, 9), np.uint8)}, r"splits of different lengths"),
+        ({"test_input_ids": np.zeros((12, 8), np.float32)}, r"not a 2-dimensional array of uint8"),
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_found(
+    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
     def uneven(folder: Path) -> None:
         build(folder)
-        np.save(folder / "test_labels.npy", np.zeros(11, np.uint8))
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
 
-    with pytest.raises(DataError, match="differ in rows"):
+    with pytest.raises(DataError, match=message):
         prepare_cache(tmp_path, "toy", PARAMETERS, uneven)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "test_labels.npy"])
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_found(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match=rf"{name} is missing; delete the folder"):
+        open_cache(folder)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name} is missing; delete the folder"):
+        open_cache(folder)
+
+
+def test_what_is_in_the_cache_s_place_is_named(tmp_path: Path) -> None:
+    place = cache_folder(tmp_path, "toy", PARAMETERS)
+    place.write_text("")
+    with pytest.raises(DataError, match=rf"{place.name} is not a folder.*remove it"):
+        prepare_cache(tmp_path, "toy", PARAMETERS, no_build)
+    place.unlink()
+    os.mkfifo(f"{place}.lock")
+    with pytest.raises(DataError, match=rf"{place.name}\.lock is not a regular file; remove it"):
+        prepare_cache(tmp_path, "toy", PARAMETERS, no_build)
+
+
+LISTOPS = ListOpsConfig(
+    min_length=4, max_length=30, sequence_length=32, train=20, validation=5, test=5
+)
+
+
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [
+        ("labels", 10, "labels that are not from 0 to 9"),
+        ("lengths", -1, "lengths that are not from 0 to 32"),
+        ("lengths", 33, "lengths that are not from 0 to 32"),
+        ("input_ids", 17, "input_ids that are not from 0 to 16"),
+    ],
+)
+def test_values_that_the_task_does_not_have_are_found(
+    tmp_path: Path, array: str, value: int, message: str
+) -> None:
+    def other(folder: Path) -> None:
+        for name in cache.SPLITS:
+            split = create_split(folder, name, 3, 32)
+            getattr(split, array)[1] = value
+
+    task = get_task("listops")
+    parameters = task.prepare(LISTOPS, tmp_path / "whole").manifest["parameters"]
+    prepare_cache(tmp_path / "other", "listops", parameters, other)
+    with pytest.raises(DataError, match=f"the train split has {message}; delete the folder"):
+        task.prepare(LISTOPS, tmp_path / "other")
+
+
+def test_samples_of_another_shape_than_the_task_s_are_found(tmp_path: Path) -> None:
+    def other(folder: Path) -> None:
+        for name in cache.SPLITS:
+            create_split(folder, name, 3, 32, documents=2)
+
+    task = get_task("listops")
+    parameters = task.prepare(LISTOPS, tmp_path / "whole").manifest["parameters"]
+    prepare_cache(tmp_path / "other", "listops", parameters, other)
+    with pytest.raises(DataError, match=r"samples of shape \(2, 32\), not \(32,\); delete"):
+        task.prepare(LISTOPS, tmp_path / "other", verify=False)
 
 
 def test_a_root_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
+import re
+import runpy
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 from spion_ds.data.listops import task as listops
 from spion_ds.data.listops.official import OFFICIAL_FILES, parse_official
 from spion_ds.data.listops.task import ListOpsConfig, fill_splits, prepare
-from spion_ds.data.listops.trees import UNKNOWN_ID, TreeShape, draw_trees, evaluate, truncated_value
+from spion_ds.data.listops.trees import TreeShape, draw_trees, evaluate, truncated_value
 from spion_ds.data.storage.cache import Split
 from spion_ds.data.tasks import get_task
 from spion_ds.errors import ConfigError, DataError
@@ -338,12 +337,27 @@ def test_official_files_round_trip(tmp_path: Path, newline: str, below: str) -> 
         np.testing.assert_array_equal(read.labels, written.labels)
 
 
-def test_unknown_tokens_get_the_unknown_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [
+        ("( ( ( [MIN 1 ) seven ) ] )", "seven"),
+        ("[MEDIAN 1 5 8 ]", "[MEDIAN"),
+        ("[ MAX 2 3 ]", "["),
+        # With a token that is unknown the rest was not looked at.
+        ("[MAX x ] 3 ] [MIN", "x"),
+        ("hello world", "hello"),
+    ],
+)
+def test_official_files_and_inputs_refuse_the_same_tokens(
+    tmp_path: Path, text: str, token: str
+) -> None:
     path = tmp_path / "basic_val.tsv"
-    path.write_text("Source\tTarget\n( ( ( [MIN 1 ) seven ) ] )\t1\n")
-    [(ids, label)] = parse_official(path, 2048)
-    assert ids.tolist() == [11, 2, UNKNOWN_ID, 15]
-    assert label == 1
+    path.write_text(f"Source\tTarget\n{text}\t1\n")
+    message = f"{re.escape(repr(token))} is no token of ListOps; allowed: 0 to 9"
+    with pytest.raises(DataError, match=rf"^{path}, line 2: {message}.*unpack"):
+        list(parse_official(path, 2048))
+    with pytest.raises(DataError, match=f"^{message}"):
+        listops.encode(text, None)
 
 
 def test_changed_official_files_get_another_cache(official: ListOpsConfig, tmp_path: Path) -> None:
@@ -388,12 +402,15 @@ LINE = "( ( ( [MIN 1 ) 2 ) ] )"
         ("Source\tTarget\n\t1\n", r"line 2: .*no expression"),
         (
             "Source\tTarget\n[MAX 1 [MIN ] ]\t1\n",
-            r"line 2: .*found an operator without operands: allowed: .* one operand or more",
+            r"line 2: an operator without operands; allowed: .* one operand or more",
         ),
-        ("Source\tTarget\n[MAX 1 ] [MIN 2 ]\t1\n", r"line 2: .*found no single expression"),
-        ("Source\tTarget\n1 ] [MAX 2\t1\n", r"line 2: .*found no single expression"),
+        ("Source\tTarget\n[MAX 1 ] [MIN 2 ]\t1\n", r"line 2: no single expression"),
+        ("Source\tTarget\n1 ] [MAX 2\t1\n", r"line 2: no single expression"),
         (f"Source\tTarget\n{LINE}\t1\n\n", r"no tab"),
-        ("Source\tTarget\n" + "5 " * 129 + "\t5\n", r"129 tokens do not fit data.sequence_length"),
+        (
+            "Source\tTarget\n" + "[MAX " + "5 " * 127 + "]\t5\n",
+            r"129 tokens do not fit data.sequence_length",
+        ),
     ],
 )
 def test_damaged_official_files_are_errors_before_anything_is_written(
@@ -475,27 +492,23 @@ def test_an_unknown_task_lists_the_known_ones() -> None:
         get_task("listop")
 
 
-def prepare_data(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "launch/prepare_data.py", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def prepare_data(*arguments: str) -> int:
+    return runpy.run_path(str(REPOSITORY / "launch/prepare_data.py"))["main"](arguments)
 
 
-def test_the_command_line_prepares_and_describes(tmp_path: Path) -> None:
-    done = prepare_data(
+def test_the_command_line_prepares_and_describes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = prepare_data(
         "--data_dir", str(tmp_path), "train=100", "data.validation=20", "test=20",
         "min_length=20", "max_length=100", "sequence_length=128",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    said = capsys.readouterr()
+    assert code == 0, said.err
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
-    assert f"data: {folder}" in done.stdout
-    assert "train: 100 sequences" in done.stdout
-    assert "root operator only" in done.stdout
+    assert f"data: {folder}" in said.out
+    assert "train: 100 sequences" in said.out
+    assert "root operator only" in said.out
 
 
 @pytest.mark.parametrize(
@@ -505,14 +518,19 @@ def test_the_command_line_prepares_and_describes(tmp_path: Path) -> None:
         ("train=many", "error: data.train is 'many'; wanted: a whole number"),
         ("train", "error: data.train has no value"),
         ("train=0", "error: data.train is 0; allowed: a whole number from 1 up"),
+        ("train={a", "error: the value of 'train={a' is not YAML"),
+        ("train=2001-99-99", "error: the value of 'train=2001-99-99' is not YAML"),
+        ("train=" + "[" * 500, "error: the value of 'train=[[["),
         ("--task=imdb", "error: unknown task 'imdb'"),
         ("source=/nowhere", "error: data.source is '/nowhere'"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, argument: str, message: str) -> None:
-    done = prepare_data("--data_dir", str(tmp_path / "data"), argument)
-    assert done.returncode == 2
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_mistakes_are_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    assert prepare_data("--data_dir", str(tmp_path / "data"), argument) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(message)
+    assert said.err.count("\n") == 1
+    assert said.out == ""
     assert not (tmp_path / "data").exists()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from spion_ds.data.pathfinder import snakes as pathfinder_snakes
 from spion_ds.data.pathfinder import task as pathfinder
@@ -23,7 +22,6 @@ from spion_ds.data.pathfinder.task import (
     SHARD_IMAGES,
     PathfinderConfig,
     PathXConfig,
-    check_source,
     draw_shard,
     prepare,
 )
@@ -334,68 +332,24 @@ def test_the_published_configurations_are_valid() -> None:
     assert PathXConfig().sequence_length == 16384
 
 
-# Official files: imgs/<batch>/sample_<n>.png, metadata/<batch>.npy.
-
-
-def write_official(folder: Path, batches: int = 2, images: int = 10) -> np.ndarray:
-    pixels = np.random.default_rng(5).integers(0, 256, (batches, images, 16, 16), np.uint8)
-    (folder / "metadata").mkdir(parents=True)
-    for batch in range(batches):
-        (folder / "imgs" / str(batch)).mkdir(parents=True)
-        rows = []
-        for number in range(images):
-            name = f"sample_{number}.png"
-            Image.fromarray(pixels[batch, number]).save(folder / "imgs" / str(batch) / name)
-            rows.append([f"imgs/{batch}", name, number, (batch + number) % 2, 1.8, 14, 4, 2])
-        path = folder / "metadata" / f"{batch}.npy"
-        if batch % 2 == 0:  # the released files are text …
-            path.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
-        else:  # … and a generator's own are arrays of text
-            np.save(path, np.array([[str(word) for word in row] for row in rows]))
-    return pixels.reshape(batches * images, -1)
-
-
-OFFICIAL = replace(TINY, seed_distance=1)
-
-
-def test_official_files_are_read_in_both_formats(tmp_path: Path) -> None:
-    folder = tmp_path / "pathfinder16" / "curv_contour_length_14"
-    pixels = write_official(folder)
-    (folder / "imgs" / "0" / "sample_3.png").write_bytes(b"")  # the official set has one such
-    config = replace(OFFICIAL, source=str(tmp_path))
-    check_source(config)
-    data = prepare(config, tmp_path / "data")
-    assert [len(s) for s in (data.train, data.validation, data.test)] == [15, 2, 2]
-    every = np.concatenate([s.input_ids for s in (data.train, data.validation, data.test)])
-    labels = np.concatenate([s.labels for s in (data.train, data.validation, data.test)])
-    kept = [row for row in range(20) if row != 3]
-    assert np.array_equal(every, pixels[kept])
-    assert labels.tolist() == [(row // 10 + row % 10) % 2 for row in kept]
-    assert (data.train.lengths == 256).all()
-
-
-def test_mistakes_in_official_files_are_named(tmp_path: Path) -> None:
-    config = replace(OFFICIAL, source=str(tmp_path))
-    with pytest.raises(DataError, match=r"has no metadata/<number>\.npy.*'generate'"):
-        check_source(config)
-    write_official(tmp_path, batches=1)
-    with pytest.raises(DataError, match=r"has 16×16 pixels; data\.image_size is 32"):
-        check_source(replace(config, image_size=32))
-    image = tmp_path / "imgs" / "0" / "sample_9.png"
-    content = image.read_bytes()
-    image.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"sample_9\.png cannot be read as an image"):
-        prepare(config, tmp_path / "data")
-    image.unlink()
-    with pytest.raises(DataError, match=r"0\.npy, row 10: .*sample_9\.png is missing"):
-        prepare(config, tmp_path / "data")
-    (tmp_path / "metadata" / "0.npy").write_text("imgs/0 sample_0.png 0 2 1.8\n")
-    with pytest.raises(DataError, match=r"0\.npy, row 1: expected folder, file, number and label"):
-        check_source(config)
-    assert not list((tmp_path / "data").glob("*/"))
-
-
 def test_every_shard_has_the_same_number_of_images() -> None:
     pixels, labels = draw_shard(TINY, 7)
     assert pixels.shape == (SHARD_IMAGES, 256)
     assert labels.shape == (SHARD_IMAGES,)
+
+
+def test_a_shard_that_is_damaged_in_any_way_is_drawn_again(tmp_path: Path) -> None:
+    path = tmp_path / "000000.npz"
+    pixels, labels = np.ones((SHARD_IMAGES, 256), np.uint8), np.zeros(SHARD_IMAGES, np.uint8)
+    np.savez_compressed(path, pixels=pixels, labels=labels)
+    assert pathfinder._read_shard(path, 256) is not None
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + b"\xff" * 7 + whole[place + 7 :])
+        found = pathfinder._read_shard(path, 256)
+        assert found is None or (found[0] == pixels).all()
+    np.savez_compressed(path, pixels=pixels.astype(float), labels=labels)
+    assert pathfinder._read_shard(path, 256) is None
+    path.unlink()
+    os.mkfifo(path)
+    assert pathfinder._read_shard(path, 256) is None

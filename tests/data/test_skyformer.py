@@ -100,6 +100,14 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     broken([{**good, "input_ids_0": [300]}], r"input_ids_0 goes from 300 to 300; allowed: 0 to 256")
     broken([{**good, "input_ids_0": np.ones(5000, int)}], r"5000 tokens do not fit")
     broken([{**good, "input_ids_0": Path("x")}], r"dev\.pickle cannot be read as a data pickle")
+    broken([{**good, "label": [0, 1]}], r"sample 0 has 2 labels; allowed: one")
+    broken([{**good, "input_ids_0": [[1], [2]]}], r"sample 0 has no whole numbers")
     file.unlink()
     with pytest.raises(DataError, match=r"dev\.pickle is missing"):
         get_task("text").check_source(config)
+
+
+def test_an_image_without_all_its_pixels_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "lra-image", "image", 255, 1023)
+    with pytest.raises(DataError, match="sample 0: 1023 pixels; allowed: 1024, the whole image"):
+        get_task("image").prepare(ImageConfig(str(tmp_path)), tmp_path / "data")

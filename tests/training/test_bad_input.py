@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -369,9 +370,10 @@ def test_a_run_never_overwrites_another(tmp_path: Path) -> None:
 def test_data_that_a_setting_cannot_read_are_refused_before_the_run_has_a_folder(
     tmp_path: Path,
 ) -> None:
-    for split in ("train", "val", "test"):
-        lines = "( [MAX 1 2 ] )\t2\n" * 64 + "( [XOR 1 2 ] )\t2\n( [MAX 1 2 ] )\t2\n"
-        (tmp_path / f"basic_{split}.tsv").write_text(f"Source\tTarget\n{lines}")
+    # Skyformer's files may have another vocabulary than ours.
+    samples = [{"input_ids_0": [16, 2, 3, 15], "label": 2}] * 64
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"lra-listops.{split}.pickle").write_bytes(pickle.dumps(samples))
     words = [*command("python", 1), str(TRAIN), "--recipe", str(TINY), f"data.source={tmp_path}"]
     with pytest.raises(AssertionError, match=r"training\.augment is True, but data\.source has"):
         launch([*words, "training.augment=true"], tmp_path)

@@ -16,8 +16,8 @@ from spion_ds.data.listops.trees import (
     MED_ID,
     MIN_ID,
     SM_ID,
-    UNKNOWN_ID,
 )
+from spion_ds.data.storage.archives import user_folder
 from spion_ds.errors import DataError, near_matches
 
 OFFICIAL_FILES = {
@@ -26,6 +26,7 @@ OFFICIAL_FILES = {
     "test": "basic_test.tsv",
 }
 
+_MEND = "unpack the official file again, or set data.source to 'generate'"
 _TOKEN_IDS = {b"%d" % (token_id - DIGIT_IDS[0]): token_id for token_id in DIGIT_IDS} | {
     b"[MIN": MIN_ID,
     b"[MAX": MAX_ID,
@@ -37,7 +38,7 @@ _TOKEN_IDS = {b"%d" % (token_id - DIGIT_IDS[0]): token_id for token_id in DIGIT_
 
 def official_paths(source: str) -> dict[str, Path]:
     """Return the path of each split's file; all exist."""
-    folder = Path(source).expanduser()
+    folder = user_folder(source)
     names = OFFICIAL_FILES.values()
     if not any((folder / name).exists() for name in names) and (folder / "listops-1000").is_dir():
         folder = folder / "listops-1000"
@@ -65,12 +66,11 @@ def check_ends(path: Path, sequence_length: int) -> None:
 def parse_official(path: Path, sequence_length: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (tokens,) uint8 ids and the label 0..9 of each line of an official file.
 
-    Parentheses are dropped; a token that ListOps does not have becomes ``UNKNOWN_ID``.
+    Expressions are read as ``encode`` reads them.
 
     Raises:
-        DataError: the file is truncated, of another format, has a line that is not one expression
-            whose operators have operands, or a sequence longer than ``sequence_length``; it names
-            the file and the line.
+        DataError: the file is truncated, of another format, has a line that ``encode`` refuses or
+            that is longer than ``sequence_length``; it names the file and the line.
     """
     with path.open("rb") as file:
         _check_header(path, file)
@@ -92,31 +92,28 @@ def encode(text: str, config: Any) -> np.ndarray:
         DataError: it has a token that ListOps does not have, its brackets do not close, or an
             operator has no operand.
     """
-    tokens = text.encode().translate(None, delete=b"()").split()
-    for token in tokens:
-        if token not in _TOKEN_IDS:
-            raise DataError(
-                f"{_shown(token)} is no token of ListOps; allowed: 0 to 9, [MIN, [MAX, [MED, [SM "
-                "and ], with spaces between them"
-            )
-    depth = 0
-    for place, token in enumerate(tokens):
-        depth += token.startswith(b"[") - (token == b"]")
-        if depth < 0 or (depth == 0 and place < len(tokens) - 1):
-            raise DataError(f"the expression ends at token {place + 1} of {len(tokens)}")
-        if token == b"]" and tokens[place - 1].startswith(b"["):
-            raise DataError(
-                f"the operator {_shown(tokens[place - 1])} has no operand; allowed: one or more"
-            )
-    if depth > 0:
-        raise DataError(f"{depth} bracket(s) do not close")
-    return np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
+    return _expression(text.encode())
+
+
+def _expression(source: bytes) -> np.ndarray:
+    tokens = source.translate(None, delete=b"()").split()
+    try:
+        ids = np.array([_TOKEN_IDS[token] for token in tokens], np.uint8)
+    except KeyError as error:
+        raise DataError(
+            f"{_shown(error.args[0])} is no token of ListOps; allowed: 0 to 9, [MIN, [MAX, [MED, "
+            "[SM and ], with spaces between them"
+        ) from None
+    if len(ids) and (fault := first_fault(ids[None])) is not None:
+        raise DataError(
+            f"{fault[1]}; allowed: one expression, each operator with one operand or more"
+        )
+    return ids
 
 
 def _not_official(where: str, found: str, hint: str) -> DataError:
     return DataError(
-        f"{where}: expected an expression, a tab and its value 0..9, found {found}: {hint}; "
-        "unpack the official file again, or set data.source to 'generate'"
+        f"{where}: expected an expression, a tab and its value 0..9, found {found}: {hint}; {_MEND}"
     )
 
 
@@ -125,7 +122,7 @@ def _check_header(path: Path, file: BinaryIO) -> None:
     if header.rstrip(b"\r\n") != b"Source\tTarget":
         raise DataError(
             f"{path}, line 1: expected the header 'Source<TAB>Target', found {_shown(header)}; "
-            "unpack the official file again, or set data.source to 'generate'"
+            f"{_MEND}"
         )
 
 
@@ -142,20 +139,16 @@ def _parse_line(line: bytes, where: str, sequence_length: int) -> tuple[np.ndarr
         raise _not_official(where, f"no tab in {_shown(line)}", "the file is truncated or another")
     if target not in _TOKEN_IDS or _TOKEN_IDS[target] not in DIGIT_IDS:
         raise _not_official(where, f"the value {_shown(target)}", "not a digit")
-    if source.count(b"[") != source.count(b"]"):
-        raise _not_official(where, "brackets that do not close", "the file is damaged")
-    tokens = source.translate(None, delete=b"()").split()
-    if not tokens:
+    try:
+        ids = _expression(source)
+    except DataError as error:
+        raise DataError(f"{where}: {error}; {_MEND}") from None
+    if not len(ids):
         raise _not_official(where, "no expression", "the file is damaged or another")
-    if len(tokens) > sequence_length:
+    if len(ids) > sequence_length:
         raise DataError(
-            f"{where}: {len(tokens)} tokens do not fit data.sequence_length {sequence_length}; "
+            f"{where}: {len(ids)} tokens do not fit data.sequence_length {sequence_length}; "
             "raise it"
-        )
-    ids = np.array([_TOKEN_IDS.get(token, UNKNOWN_ID) for token in tokens], np.uint8)
-    if UNKNOWN_ID not in ids and (fault := first_fault(ids[None])) is not None:
-        raise _not_official(
-            where, fault[1], "allowed: one expression, each operator with one operand or more"
         )
     return ids, int(target)
 

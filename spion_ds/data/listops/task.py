@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -47,7 +46,7 @@ from spion_ds.data.storage.cache import (
     prepare_cache,
 )
 from spion_ds.data.storage.skyformer import Pickles
-from spion_ds.durable_files import sha256_of
+from spion_ds.data.storage.sources import prepare_from_files
 from spion_ds.errors import ConfigError, DataError
 
 __all__ = [
@@ -70,6 +69,8 @@ __all__ = [
 
 # Part of the cache's name: raise it when the same configuration gives other trees.
 GENERATOR_VERSION = 1
+# The same of official files: 1 took tokens that ListOps does not have.
+OFFICIAL_VERSION = 2
 GENERATE = "generate"
 BRACKETS = (MIN_ID, SM_ID, CLOSE_ID)
 PICKLES = Pickles("listops", "lra-listops", VOCAB_SIZE, NUM_CLASSES, padded=True)
@@ -147,14 +148,14 @@ def prepare(config: ListOpsConfig, root: Path, verify: bool = True) -> Dataset:
     Args:
         config: what the data is made of.
         root: the folder of all dataset caches.
-        verify: compare the checksums of the cache; one rank of a run is enough.
+        verify: read the user's files and compare the checksums of the cache; one rank of a run is
+            enough, before the others.
 
     Raises:
         ConfigError: a value of ``config`` is not allowed, or allows no trees.
         DataError: an official file or the cache is missing, damaged or of another format.
     """
     config.validate()
-    parameters: dict[str, Any]
     if config.source == GENERATE:
         parameters = {**asdict(config), "generator_version": GENERATOR_VERSION}
         return prepare_cache(
@@ -164,13 +165,13 @@ def prepare(config: ListOpsConfig, root: Path, verify: bool = True) -> Dataset:
         return PICKLES.prepare(pickles, config.sequence_length, root, verify)
     check_source(config)
     paths = official_paths(config.source)
-    parameters = {
-        "source": "official",
-        "sha256": {path.name: sha256_of(path) for path in paths.values()},
-        "sequence_length": config.sequence_length,
-    }
-    return prepare_cache(
-        root, "listops", parameters, lambda folder: _build_official(config, paths, folder), verify
+    return prepare_from_files(
+        root,
+        "listops",
+        {path.name: path for path in paths.values()},
+        {"sequence_length": config.sequence_length, "version": OFFICIAL_VERSION},
+        lambda folder: _build_official(config, paths, folder),
+        verify,
     )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import stat
+import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from spion_ds.data.storage.archives import user_folder
 from spion_ds.errors import DataError
 
 # The difficulty that the Long Range Arena uses.
 _HARD = "curv_contour_length_14"
+# Of Pillow, for images of up to 8 bits a channel.
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def official_metadata(source: str, image_size: int) -> list[Path]:
@@ -23,11 +29,11 @@ def official_metadata(source: str, image_size: int) -> list[Path]:
     Raises:
         DataError: there are none.
     """
-    folder = Path(source).expanduser()
+    folder = user_folder(source)
     size = f"pathfinder{image_size}"
     places = [folder, folder / _HARD, folder / size / _HARD, folder / "lra_release" / size / _HARD]
     for place in places:
-        files = [path for path in (place / "metadata").glob("*.npy") if path.stem.isdigit()]
+        files = [path for path in (place / "metadata").glob("*.npy") if path.stem.isdecimal()]
         if files:
             return sorted(files, key=lambda path: int(path.stem))
     raise DataError(
@@ -55,12 +61,17 @@ def official_images(metadata: list[Path]) -> list[tuple[Path, int]]:
                 )
             image = folder / row[0] / row[1]
             try:
-                size = image.stat().st_size
-            except OSError as error:
+                info = image.stat()
+            except (OSError, ValueError) as error:  # ValueError: a name with a null character
                 raise DataError(
                     f"{path}, row {number}: {image} is missing; unpack the official files again"
                 ) from error
-            if size > 0:  # the official set has one empty file
+            if not stat.S_ISREG(info.st_mode):
+                raise DataError(
+                    f"{path}, row {number}: {image} is not a regular file; unpack the official "
+                    "files again"
+                )
+            if info.st_size > 0:  # the official set has one empty file
                 images.append((image, int(row[3])))
     return images
 
@@ -69,19 +80,41 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     """Return the (image_size²,) uint8 grey levels of a PNG file, row by row.
 
     Raises:
-        DataError: the file is no image, damaged, or of another size.
+        DataError: the file is no PNG image, damaged, of another size or of 16 bits.
     """
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); unpack it again") from error
-    if pixels.shape != (image_size, image_size):
+        with path.open("rb") as file:
+            size, bits = _png_header(file)
+            if size != (image_size, image_size):  # before any pixel is decoded
+                raise DataError(
+                    f"{path} has {size[0]}×{size[1]} pixels; data.image_size is {image_size}: name "
+                    "another folder or set data.image_size"
+                )
+            if bits > 8:
+                raise DataError(
+                    f"{path} has {bits} bits a channel; allowed: up to 8; convert the images"
+                )
+            # Pillow would try all formats that it knows, and start Ghostscript for some.
+            with Image.open(file, formats=("PNG",)) as image:
+                if image.size != size or image.mode not in _MODES:
+                    raise ValueError("it has several headers")
+                return np.asarray(image.convert("L")).reshape(-1)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged image raises whatever its decoder stumbles on
         raise DataError(
-            f"{path} has {pixels.shape[1]}×{pixels.shape[0]} pixels; data.image_size is "
-            f"{image_size}: name another folder or set data.image_size"
-        )
-    return pixels.reshape(-1)
+            f"{path} cannot be read as a PNG image ({error}); unpack it again"
+        ) from error
+
+
+def _png_header(file: BinaryIO) -> tuple[tuple[int, int], int]:
+    """Return width and height in pixels and the bits of a channel; leaves the file at its start."""
+    header = file.read(25)
+    file.seek(0)
+    if len(header) < 25 or header[:8] != b"\x89PNG\r\n\x1a\n" or header[12:16] != b"IHDR":
+        raise ValueError("it does not begin as one")
+    width, height, bits = struct.unpack(">IIB", header[16:])
+    return (width, height), bits
 
 
 def check_official(source: str, image_size: int) -> None:
@@ -93,14 +126,19 @@ def check_official(source: str, image_size: int) -> None:
 
 def _rows(path: Path) -> list[list[str]]:
     """Return the words of each row: the released files are text, a generator's own real .npy."""
-    with path.open("rb") as file:
-        is_array = file.read(6) == b"\x93NUMPY"
     try:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
+        with path.open("rb") as file:
+            is_array = file.read(6) == b"\x93NUMPY"
         if not is_array:
-            return [line.split(" ") for line in path.read_text().splitlines()]
-        array = np.load(path, allow_pickle=False)
+            return [line.split(" ") for line in path.read_text("utf-8").splitlines()]
+        # As a map, so that no memory is taken for what the file's header says and it does not have.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim != 2 or array.dtype.kind not in "SU" or array.nbytes == 0:
+            raise ValueError(f"an array of {array.dtype} and shape {array.shape}")
         return [[_text(word) for word in row] for row in array]
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # a damaged header raises whatever its parser stumbles on
         raise DataError(
             f"{path} is neither text nor a .npy array of text ({error}); unpack it again"
         ) from error

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import shutil
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +35,8 @@ from spion_ds.data.storage.cache import (
 )
 from spion_ds.data.storage.processes import map_in_processes
 from spion_ds.data.storage.skyformer import Pickles
-from spion_ds.durable_files import sha256_of
+from spion_ds.data.storage.sources import prepare_from_files
+from spion_ds.data.storage.threads import map_in_threads
 from spion_ds.errors import ConfigError, DataError
 from spion_ds.settings import require
 
@@ -49,15 +45,14 @@ NUM_CLASSES = 2
 VOCAB_SIZE = 256  # grey levels: the token is the pixel
 # Part of the cache's name: raise it when the same configuration gives other images.
 GENERATOR_VERSION = 2
+# The same of official files: raise it when the same files give other tokens.
+OFFICIAL_VERSION = 1
 # Of strokes to discs; more would not fit into the 32 bits that images are painted in.
 MAX_CONTRAST = 100
 # Images of a shard: what one random stream makes, and what an interruption loses at most of a core.
 SHARD_IMAGES = 250
 # Shares of the official images, which come in one piece.
 OFFICIAL_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -187,7 +182,8 @@ def prepare(config: PathfinderConfig, root: Path, verify: bool = True) -> Datase
     Args:
         config: what the data is made of.
         root: the folder of all dataset caches.
-        verify: compare the checksums of the cache; one rank of a run is enough.
+        verify: read the user's files and compare the checksums of the cache; one rank of a run is
+            enough, before the others.
 
     Raises:
         ConfigError: a value of ``config`` is not allowed, or allows no images.
@@ -212,13 +208,16 @@ def prepare(config: PathfinderConfig, root: Path, verify: bool = True) -> Datase
     if paths := pickles.paths(config.source):
         return pickles.prepare(paths, config.sequence_length, root, verify)
     metadata = official_metadata(config.source, config.image_size)
-    parameters = {
-        "source": "official",
-        "sha256": {path.name: sha256_of(path) for path in metadata},
-        "image_size": config.image_size,
-    }
-    return prepare_cache(
-        root, config.task, parameters, lambda place: _convert(config, metadata, place), verify
+    images = official_images(metadata)
+    folder = metadata[0].parent.parent
+    files = [*metadata, *(path for path, _ in images)]
+    return prepare_from_files(
+        root,
+        config.task,
+        {os.path.relpath(path, folder): path for path in files},
+        {"image_size": config.image_size, "version": OFFICIAL_VERSION},
+        lambda place: _convert(config, images, place),
+        verify,
     )
 
 
@@ -339,34 +338,15 @@ def _shard(config: PathfinderConfig, folder: Path, number: int) -> tuple[np.ndar
 
 
 def _read_shard(path: Path, sequence_length: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             pixels, labels = arrays["pixels"], arrays["labels"]
-    # Not there, or cut short when the machine went down: it is drawn again.
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+    except Exception:  # cut short when the machine went down: it is drawn again
         return None
     fits = pixels.shape == (SHARD_IMAGES, sequence_length) and labels.shape == (SHARD_IMAGES,)
-    return (pixels, labels) if fits else None
-
-
-def map_in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield ``work(item)`` in order, a few items ahead, on as many threads as there are cores.
-
-    For work that waits for files, at which network file systems are slow. Opening and decoding
-    small images keeps hardly more than one core busy, however many threads there are.
-    """
-    workers = len(os.sched_getaffinity(0))
-    remaining = iter(items)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        ahead = deque(pool.submit(work, item) for item in itertools.islice(remaining, 2 * workers))
-        while ahead:
-            result = ahead.popleft().result()
-            ahead.extend(pool.submit(work, item) for item in itertools.islice(remaining, 1))
-            yield result
-    finally:
-        # An interruption must not wait for work that nobody will look at.
-        pool.shutdown(cancel_futures=True)
+    return (pixels, labels) if fits and pixels.dtype == labels.dtype == np.uint8 else None
 
 
 def _pickles(config: PathfinderConfig) -> Pickles:
@@ -374,12 +354,11 @@ def _pickles(config: PathfinderConfig) -> Pickles:
     return Pickles(config.task, stem, VOCAB_SIZE, NUM_CLASSES, padded=False)
 
 
-def _convert(config: PathfinderConfig, metadata: list[Path], folder: Path) -> None:
-    images = official_images(metadata)
+def _convert(config: PathfinderConfig, images: list[tuple[Path, int]], folder: Path) -> None:
     if len(images) < 10:
         raise DataError(
-            f"{metadata[0].parent} names {len(images)} images, too few for three splits; unpack "
-            "the official files again"
+            f"data.source: {config.source} has {len(images)} images, too few for three splits; "
+            "unpack the official files again"
         )
     bounds = np.cumsum([0, *(round(share * len(images)) for share in OFFICIAL_SHARES.values())])
     bounds[-1] = len(images)

@@ -6,10 +6,15 @@ import hashlib
 import http.client
 import os
 import socket
+import tarfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import TarInfo
+from typing import IO, cast
 
 from tqdm import tqdm
 
@@ -18,6 +23,32 @@ from spion_ds.errors import DataError
 DOWNLOAD = "download"
 # Seconds without a byte after which a server counts as silent.
 _PATIENCE = 60
+
+
+def user_folder(source: str) -> Path:
+    """Return the folder that ``data.source`` names, ``~`` included; raise DataError if none is."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"data.source is {source!r}: {error}; name a folder") from error
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
+    """Open a .tar.gz: yields name and content of its regular files, in memory, never on disk.
+
+    Raises:
+        DataError: it cannot be read, also while what it yielded is read.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            # A link or a folder may have any name.
+            members = filter(TarInfo.isfile, tqdm(tar, desc=f"reading {path.name}", unit=" files"))
+            yield ((member.name, cast(IO[bytes], tar.extractfile(member))) for member in members)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive raises whatever its parser stumbles on
+        raise DataError(f"{path} cannot be read ({error}); get it again") from error
 
 
 @dataclass(frozen=True)
@@ -49,6 +80,8 @@ class Archive:
             self._check(path, path)
             return path
         path = Path(root) / "downloads" / self.name
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is not a regular file; remove it")
         if path.exists():
             self._check(path, path)
         else:
@@ -57,7 +90,7 @@ class Archive:
 
     def in_folder(self, source: str) -> Path:
         """Return the archive's path in the user's folder; raise DataError if it is not there."""
-        path = Path(source).expanduser() / self.name
+        path = user_folder(source) / self.name
         if not path.is_file():
             raise DataError(
                 f"data.source: there is no {path}; get {self.name} from {self.address} and name "

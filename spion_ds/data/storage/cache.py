@@ -160,6 +160,8 @@ def open_cache(folder: Path, *, verify: bool = True) -> Dataset:
         DataError: something is missing, damaged or of another format; it names the file.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is not a folder, as a dataset cache is; remove it")
     if not folder.is_dir():
         raise DataError(
             f"there is no dataset cache at {folder}; launch/prepare_data.py generates one"
@@ -168,6 +170,9 @@ def open_cache(folder: Path, *, verify: bool = True) -> Dataset:
     for name in _file_names():
         _check_file(folder, name, manifest["files"][name], verify)
     splits = {split: _open_split(folder, split, manifest["files"]) for split in SPLITS}
+    shapes = {split.input_ids.shape[1:] for split in splits.values()}
+    if len(shapes) > 1:
+        raise _damaged(folder, _MANIFEST, f"has splits of different lengths: {sorted(shapes)}")
     return Dataset(**splits, folder=folder, manifest=manifest)
 
 
@@ -177,16 +182,6 @@ def temporary_path(folder: Path) -> Path:
     What a killed process leaves there the next one that builds the cache removes.
     """
     return folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Return a large file's size and the sha256 of its first and last megabyte."""
-    size, ends = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        ends.update(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        ends.update(file.read())
-    return {"bytes": size, "sha256_of_ends": ends.hexdigest()}
 
 
 def _folder_name(task: str, parameters: Mapping[str, Any]) -> str:
@@ -203,7 +198,10 @@ def _file_names() -> list[str]:
 def _writer_lock(folder: Path) -> Iterator[bool]:
     """Hold the lock beside ``folder``; yields False where the file system has no locks."""
     # The kernel lets go of the lock when its holder ends, however it ends.
-    with folder.with_name(folder.name + ".lock").open("ab") as file:
+    lock = folder.with_name(folder.name + ".lock")
+    if lock.exists() and not lock.is_file():
+        raise DataError(f"{lock} is not a regular file; remove it")
+    with lock.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -268,29 +266,33 @@ def _write_manifest(folder: Path, task: str, parameters: Mapping[str, Any]) -> N
 
 
 def _damaged(folder: Path, name: str, what: str) -> DataError:
+    # What a damaged file says may be long.
     return DataError(
-        f"{folder / name} {what}; delete the folder {folder} and run again: it is made anew"
+        f"{folder / name} {what[:300]}; delete the folder {folder} and run again: it is made anew"
     )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise _damaged(folder, _MANIFEST, "is missing")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         version, files = manifest["format_version"], manifest["files"]
         name = _folder_name(manifest["task"], manifest["parameters"])
-        known = {key: set(files[key]) for key in _file_names()}
-    except FileNotFoundError:
-        raise _damaged(folder, _MANIFEST, "is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, _MANIFEST, f"cannot be read as a manifest ({error!r})") from error
+        entries = {key: files[key] for key in _file_names()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(
+            folder, _MANIFEST, f"cannot be read as a manifest ({type(error).__name__}: {error})"
+        ) from error
     if version != FORMAT_VERSION:
         raise _damaged(folder, _MANIFEST, f"has format {version!r}, not {FORMAT_VERSION}")
     if name != folder.name:
         raise _damaged(
             folder, _MANIFEST, f"describes the cache {name}: it was edited or the folder renamed"
         )
-    for key, entry in known.items():
-        if not {"bytes", "shape", "dtype", "sha256"} <= entry:
+    for key, entry in entries.items():
+        if not isinstance(entry, dict) or not {"bytes", "shape", "dtype", "sha256"} <= set(entry):
             raise _damaged(folder, _MANIFEST, f"does not describe {key} in full")
     return manifest
 
@@ -323,7 +325,9 @@ def _open_split(folder: Path, split: str, files: Mapping[str, Any]) -> Split:
                 folder, name, f"is not a {dimensions[0]}-dimensional array of {dtypes[0]}: {found}"
             )
         arrays[array] = values
-    rows = {array: len(values) for array, values in arrays.items()}
-    if len(set(rows.values())) > 1:
-        raise _damaged(folder, f"{split}_input_ids.npy", f"and its siblings differ in rows: {rows}")
-    return Split(**arrays)
+    whole = Split(**arrays)
+    rows = whole.lengths.shape[0]
+    if whole.input_ids.shape[:-1] != whole.lengths.shape or rows != len(whole) or rows == 0:
+        shapes = ", ".join(f"{array} {values.shape}" for array, values in arrays.items())
+        raise _damaged(folder, f"{split}_*.npy", f"have no rows, or differ in rows: {shapes}")
+    return whole

@@ -77,7 +77,10 @@ def _read(text: str, task: Task, data: Any, sequence_length: int) -> np.ndarray:
 
 def _encode(line: str, task: Task, data: Any) -> np.ndarray:
     if _IDS.fullmatch(line):
-        numbers = [int(word) for word in re.split(r"[\s,]+", line) if word]
+        try:
+            numbers = [int(word) for word in re.split(r"[\s,]+", line) if word]
+        except ValueError:  # Python's limit to the digits of a number
+            raise DataError("a number with thousands of digits is no token id") from None
         if max(numbers, default=0) >= task.vocab_size:
             raise DataError(
                 f"token id {max(numbers)} is not in the vocabulary of {task.name}; allowed: 0 to "

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from spion_ds.data.storage.cache import Dataset, create_split, fingerprint, prepare_cache
-from spion_ds.data.storage.restricted_pickle import load_pickle
+from spion_ds.data.storage.archives import user_folder
+from spion_ds.data.storage.cache import Dataset, create_split
+from spion_ds.data.storage.restricted_pickle import load_pickle, whole_numbers
+from spion_ds.data.storage.sources import prepare_from_files
 from spion_ds.errors import DataError
 
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+# Part of the cache's name: raise it when the same files give other tokens.
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Pickles:
         Raises:
             DataError: another one is missing.
         """
-        folder = Path(source).expanduser()
+        folder = user_folder(source)
         paths = {ours: folder / f"{self.stem}.{name}.pickle" for ours, name in _SPLITS.items()}
         if not paths["train"].is_file():
             return None
@@ -62,17 +66,14 @@ class Pickles:
         Raises:
             DataError: a pickle or the cache is damaged or of another format.
         """
-        parameters = {
-            "source": "skyformer",
-            "files": {path.name: fingerprint(path) for path in paths.values()},
-            "sequence_length": sequence_length,
-        }
 
         def build(folder: Path) -> None:
             for split, path in paths.items():
                 self._convert(folder, split, path, sequence_length)
 
-        return prepare_cache(root, self.task, parameters, build, verify)
+        files = {path.name: path for path in paths.values()}
+        parameters = {"sequence_length": sequence_length, "version": _VERSION}
+        return prepare_from_files(root, self.task, files, parameters, build, verify)
 
     def _convert(self, folder: Path, name: str, path: Path, sequence_length: int) -> None:
         with path.open("rb") as file:
@@ -95,7 +96,10 @@ class Pickles:
                 tokens = self._tokens(sample, f"input_ids_{document}", where, sequence_length)
                 ids[row, document, : len(tokens)] = tokens
                 lengths[row, document] = len(tokens)
-            split.labels[row] = _whole(sample, "label", where, self.num_classes)[()]
+            label = _whole(sample, "label", where, self.num_classes)
+            if label.size != 1:
+                raise DataError(f"{where} has {label.size} labels; allowed: one")
+            split.labels[row] = label.item()
 
     def _tokens(self, sample: Any, key: str, where: str, sequence_length: int) -> np.ndarray:
         tokens = _whole(sample, key, where, self.vocab_size).reshape(-1)
@@ -106,6 +110,11 @@ class Pickles:
                 f"{where}: {len(tokens)} tokens do not fit data.sequence_length "
                 f"{sequence_length}; raise it"
             )
+        if not self.padded and len(tokens) != sequence_length:
+            raise DataError(
+                f"{where}: {len(tokens)} pixels; allowed: {sequence_length}, the whole image; the "
+                "file belongs to another task"
+            )
         return tokens
 
 
@@ -114,8 +123,8 @@ def _whole(sample: Any, key: str, where: str, bound: int) -> np.ndarray:
     value = None
     if isinstance(sample, dict):
         value = sample.get(key, sample.get(key.encode()))
-    array = np.asarray(value if value is not None else "")
-    if array.dtype.kind not in "iu":
+    array = whole_numbers(value)
+    if array is None:
         raise DataError(f"{where} has no whole numbers under {key!r}; this is another format")
     if array.size and not 0 <= array.min() <= array.max() < bound:
         raise DataError(
