@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention.available import HAS_TRITON
+from spion_ds.attention.derivatives import refuse_transforms
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.query_rows import rows_of_queries
@@ -70,6 +71,8 @@ def block_sparse_attention(
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
             names what and what is allowed.
+        NotImplementedError: a derivative is asked for that only the reference has: in forward
+            mode, by torch.func, or of a gradient.
     """
     check_tensors(q, k, v, key_padding_mask)
     _check_query_offset(query_offset, dropout_p, zero_padded_queries)
@@ -90,6 +93,8 @@ def block_sparse_attention(
         raise ConfigError(unknown_name("pruned mode", pruned, PRUNED))
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
+    if backend != "reference":
+        refuse_transforms('block-sparse attention (but for backend="reference")', q, k, v)
     if not 0.0 <= dropout_p < 1.0:
         raise ConfigError(f"dropout_p is {dropout_p}; allowed: 0 up to, not including, 1")
     if dropout_p > 0.0:
