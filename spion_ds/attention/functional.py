@@ -11,7 +11,7 @@ from torch import Tensor
 from spion_ds.attention.available import HAS_TRITON
 from spion_ds.attention.derivatives import refuse_transforms
 from spion_ds.attention.layout import BlockLayout
-from spion_ds.attention.options import AttentionOptions
+from spion_ds.attention.options import AttentionOptions, hide_padding
 from spion_ds.attention.query_rows import rows_of_queries
 from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
@@ -46,7 +46,8 @@ def block_sparse_attention(
         layout: kept blocks, for all heads or one layout a head: ceil(M / block) columns and at
             least ceil((query_offset + L) / block) rows. A query row that keeps nothing gives
             zeros and zero gradients.
-        key_padding_mask: (batch, M) bool, True = real token. Padded keys are never attended to.
+        key_padding_mask: (batch, M) bool, True = real token. Padded keys are never attended to,
+            and whatever they hold, NaN included, reaches nothing.
         causal: mask entries above the diagonal inside kept blocks. Blocks wholly above the
             diagonal are an error in the layout.
         scale: factor of the scores; head_dim ** -0.5 if None.
@@ -113,6 +114,12 @@ def block_sparse_attention(
         if backend == "auto":
             backend = choose_backend(q, layout, options)
         given = layout if backend == "reference" else rows
+        if key_padding_mask is not None and backend != "triton":  # whose kernels hide it
+            q, k, v = hide_padding(
+                *(q, k, v, key_padding_mask),
+                of_queries=query_offset == 0 and q.shape[2] == k.shape[2],
+                zeroed=zero_padded_queries,
+            )
         return _implementation(backend)(q, k, v, given, options)
 
 

@@ -44,7 +44,7 @@ def block_sparse_attention_cpu(
         *(options.pruned == "zero", options.dropout_p, options.zero_padded_queries),
         options.query_offset,
     )
-    return out
+    return options.zeroed(out)  # its gradient too
 
 
 def unsupported(q: Tensor, layout: BlockLayout) -> str | None:

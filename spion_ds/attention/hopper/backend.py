@@ -60,7 +60,8 @@ def block_sparse_attention_hopper(
         out = _fwd_op(*arguments)[0]
     else:
         out = _BlockSparseAttention.apply(*arguments)
-    return out[:, :, before : before + queries] if before else out
+    out = out[:, :, before : before + queries] if before else out
+    return options.zeroed(out)  # its gradient too
 
 
 def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:

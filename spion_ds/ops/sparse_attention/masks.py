@@ -62,14 +62,20 @@ def block_softmax(
     """
     full = torch.float64 if x_BKbb.dtype == torch.float64 else torch.float32
     scores = x_BKbb.to(full) * scale
-    for matrix in (rpe, attn_mask):
-        if matrix is not None:
-            scores = scores + take_blocks(matrix, index).to(full)
+    if rpe is not None:
+        scores = scores + take_blocks(rpe, index).to(full)
+    if attn_mask is not None:
+        scores = _added(scores, take_blocks(attn_mask, index).to(full))
     if key_padding_mask is not None:
         tiles = key_padding_mask.to(full).unflatten(1, (-1, index.block))
         columns = tiles.index_select(1, index.column % index.shape[2])
-        scores = scores + columns[:, :, None, :]
+        scores = _added(scores, columns[:, :, None, :])
     return row_softmax(scores, index).to(x_BKbb.dtype)
+
+
+def _added(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return scores + mask, -inf where the mask is, whatever the score: NaN - inf is NaN."""
+    return (scores + mask).masked_fill(mask == float("-inf"), float("-inf"))
 
 
 class LastAnswer:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.attention.options import hide_padding
 from spion_ds.errors import ConfigError
 from spion_ds.ops.sparse_attention.block_tensors import (
     BlockIndex,
@@ -174,9 +175,13 @@ class SparseSelfAttention(nn.Module):
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         length, full = query.shape[2], torch.float32
         rest = index.shape[1] * index.block - length
-        if rest or padding is not None:
-            keys = query.new_ones((query.shape[0], length), dtype=torch.bool)
-            padding = self._excluding(keys if padding is None else padding, "add")
+        if padding is not None:
+            padding = self._excluding(padding, "add")
+            real = padding != float("-inf")
+            query, key, value = hide_padding(query, key, value, real, of_queries=True, zeroed=False)
+        elif rest:
+            padding = torch.zeros((query.shape[0], length), dtype=full, device=query.device)
+        if padding is not None:
             padding = F.pad(padding, (0, rest), value=float("-inf"))
         if attn_mask is not None:
             attn_mask = self._excluding(attn_mask, self.attn_mask_mode)
