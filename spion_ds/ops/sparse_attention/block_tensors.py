@@ -44,6 +44,7 @@ class BlockIndex:
     by_column: list[Group]
 
     @classmethod
+    @torch.inference_mode(False)  # a training step may come to read it
     def from_mask(cls, mask: Tensor, block: int, device: torch.device | None = None) -> BlockIndex:
         """Make the index of a mask (n, m) or (heads, n, m) of kept blocks, bool or 0 and 1.
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.attention.derived_layouts import DerivedLayouts
+from spion_ds.attention.observing import captures
 from spion_ds.attention.options import hide_padding
 from spion_ds.errors import ConfigError
 from spion_ds.ops.sparse_attention.block_tensors import (
@@ -78,7 +80,7 @@ class SparseSelfAttention(nn.Module):
             with _same_draws_everywhere():
                 master_layout = sparsity_config.make_layout(max_seq_length)
         self.register_buffer("master_layout", master_layout)
-        self._made: dict[tuple, Any] = {}
+        self._made: dict[tuple, DerivedLayouts] = {}
         self._pattern: Tensor | None = None
 
     def get_layout(self, L: int) -> Tensor:
@@ -216,30 +218,39 @@ class SparseSelfAttention(nn.Module):
 
     @torch.compiler.disable
     def _get(self, kind: type[T], query: Tensor, causal: bool) -> T:
-        """Return the layout for the query's length and device, as ``kind``; made once."""
+        """Return the layout for the query's length and device, as ``kind``.
+
+        The last sixteen are kept, and those that a CUDA graph reads.
+        """
         pattern = getattr(self.sparsity_config, "pattern", None)
         if pattern is not self._pattern:
             self._made.clear()
             self._pattern = pattern
-        heads, length = query.shape[1:3]
-        name = (kind, heads, length, query.device, causal)
+        heads, length, device = query.shape[1], query.shape[2], query.device
+        name = (kind, heads, causal)
         if name not in self._made:
-            mask = self.get_layout(length).bool()
-            if mask.shape[0] not in (1, heads):
-                raise ConfigError(
-                    f"the sparsity configuration is for {mask.shape[0]} heads and the query has "
-                    f"{heads}; give the configuration num_heads={heads}"
-                )
-            mask = mask.tril() if causal else mask
-            block = self.sparsity_config.block
-            if kind is BlockIndex:
-                whole = mask.expand(heads, -1, -1)
-                self._made[name] = BlockIndex.from_mask(whole, block, query.device)
-            else:
-                shared = bool((mask == mask[:1]).all())
-                layout = BlockLayout.from_mask(mask[0] if shared else mask, block)
-                self._made[name] = layout.to(query.device)
-        return self._made[name]
+            self._made[name] = DerivedLayouts(self.sparsity_config.block)
+
+        def make(length: int, device: torch.device) -> T:
+            return self._make(kind, heads, length, device, causal)
+
+        return self._made[name].get(length, device, make, captures(device))
+
+    def _make(
+        self, kind: type[T], heads: int, length: int, device: torch.device, causal: bool
+    ) -> T:
+        mask = self.get_layout(length).bool()
+        if mask.shape[0] not in (1, heads):
+            raise ConfigError(
+                f"the sparsity configuration is for {mask.shape[0]} heads and the query has "
+                f"{heads}; give the configuration num_heads={heads}"
+            )
+        mask = mask.tril() if causal else mask
+        block = self.sparsity_config.block
+        if kind is BlockIndex:
+            return kind.from_mask(mask.expand(heads, -1, -1), block, device)
+        shared = bool((mask == mask[:1]).all())
+        return BlockLayout.from_mask(mask[0] if shared else mask, block).to(device)
 
 
 @contextmanager
