@@ -34,11 +34,10 @@ def block_sparse_attention_reference(
     block, first, queries = layout.block, options.query_offset, q_BHLD.shape[2]
     last = first + queries
     valid_BHLM = valid_entries(q_BHLD, k_BHMD, options.key_padding_mask, options.causal, first)
-    factor_BHLM = None
+    keep_BHLM = None
     if options.dropout_p > 0.0:
         assert options.dropout_key is not None
-        keep = attention_keep_mask(options.dropout_key, valid_BHLM.shape, options.dropout_p)
-        factor_BHLM = keep * (1.0 / (1.0 - options.dropout_p))
+        keep_BHLM = attention_keep_mask(options.dropout_key, valid_BHLM.shape, options.dropout_p)
     out = []
     for index, kept_LM in enumerate(token_mask(layout, last, k_BHMD.shape[2])):
         heads = slice(None) if layout.heads == 1 else slice(index, index + 1)
@@ -47,10 +46,10 @@ def block_sparse_attention_reference(
             own = slice(max(row * block, first) - first, min((row + 1) * block, last) - first)
             # Tokens that no query of the row keeps take part in nothing, NaN or not.
             kept_T = kept_LM[row * block].nonzero()[:, 0]
-            factor = None if factor_BHLM is None else factor_BHLM[:, heads, own][..., kept_T]
+            keep = None if keep_BHLM is None else keep_BHLM[:, heads, own][..., kept_T]
             k_BHTD, v_BHTD = (x[:, heads].index_select(2, kept_T) for x in (k_BHMD, v_BHMD))
             q_BHbD, valid_BHbM = q_BHLD[:, heads, own], valid_BHLM[:, heads, own]
-            rows.append(_attend(q_BHbD, k_BHTD, v_BHTD, valid_BHbM, kept_T, factor, options))
+            rows.append(_attend(q_BHbD, k_BHTD, v_BHTD, valid_BHbM, kept_T, keep, options))
         out.append(torch.cat(rows, dim=2))
     return options.zeroed(torch.cat(out, dim=1))
 
@@ -61,7 +60,7 @@ def _attend(
     v_BHTD: Tensor,
     valid_BHbM: Tensor,
     kept_T: Tensor,
-    factor_BHbT: Tensor | None,
+    keep_BHbT: Tensor | None,
     options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, b, D) of a row of query blocks, which keeps the tokens ``kept_T`` of M."""
@@ -80,7 +79,8 @@ def _attend(
     if options.pruned == "zero":
         total_BHb1 = total_BHb1 + pruned_BHb1 * (-shift_BHb1.clamp(min=0.0)).exp()
     probs_BHbT = weights_BHbT / total_BHb1.masked_fill(total_BHb1 == 0.0, 1.0)
-    probs_BHbT = probs_BHbT if factor_BHbT is None else probs_BHbT * factor_BHbT
+    if keep_BHbT is not None:
+        probs_BHbT = probs_BHbT * keep_BHbT * (1.0 / (1.0 - options.dropout_p))
     return probs_BHbT @ v_BHTD
 
 

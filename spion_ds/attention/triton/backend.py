@@ -60,7 +60,7 @@ def block_sparse_attention_triton(
     scale = options.scale
     if scale <= 0.0:
         # The kernels take the largest unscaled score for the largest scaled one.
-        q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
     queries, before = q.shape[2], options.query_offset % layout.block
     # A token of decoding then has the same shape at every place in a block.
     q = in_whole_blocks(q, options.query_offset, layout.block)
