@@ -39,6 +39,9 @@ def block_sparse_attention(
 ) -> Tensor:
     """Return attention restricted to the layout's blocks, (batch, heads, L, head_dim).
 
+    In float32 the relative error of gradients grows by up to 2^-23 times the largest score, and in
+    float16 the gradient of a score must stay below 65504 (docs/attention.md, "How exact").
+
     Args:
         q: (batch, heads, L, head_dim), bf16, fp16, fp32 or fp64, contiguous or strided. Under
             autocast q, k and v are cast to its dtype first, as in scaled_dot_product_attention.
