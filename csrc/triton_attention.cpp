@@ -15,7 +15,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <dlfcn.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
 #include <array>
@@ -411,6 +410,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Passes gradients on, with what they depend on behind them; they have no derivative.
+class DifferentiatedOnce : public torch::autograd::Function<DifferentiatedOnce> {
+ public:
+  static variable_list forward(AutogradContext*, const Tensor& dq, const Tensor& dk,
+                               const Tensor& dv, const Tensor&, const Tensor&, const Tensor&,
+                               const Tensor&) {
+    return {dq.detach(), dk.detach(), dv.detach()};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "block-sparse attention has no second derivative: its ",
+                                "gradients cannot be differentiated again; ",
+                                "backend=\"reference\" has all derivatives, with matrices of L × L");
+  }
+};
+
 class TritonAttention : public torch::autograd::Function<TritonAttention> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -435,11 +450,8 @@ class TritonAttention : public torch::autograd::Function<TritonAttention> {
       results = {dq, dk, dv};
     }
     if (at::GradMode::is_enabled()) {  // create_graph=True: whoever differentiates them is told
-      for (Tensor& result : results) {
-        result.set_requires_grad(true);
-      }
-      torch::autograd::DelayedError error("block-sparse attention has no second derivative", 3);
-      results = error.apply(std::move(results));
+      results = DifferentiatedOnce::apply(results[0], results[1], results[2], grads[0], saved[0],
+                                          saved[1], saved[2]);
     }
     results.emplace_back();  // of rest
     return results;

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spion_ds.attention.options import zero_padding
+from spion_ds.attention.options import hide_padding, zero_padding
 
 
 def dense_attention(
@@ -35,6 +35,10 @@ def dense_attention(
         dropout_p: dropout on the probabilities, from PyTorch's generators.
         zero_padded_queries: give zeros for padding.
     """
+    if key_padding_mask is not None:
+        q_BHLD, k_BHLD, v_BHLD = hide_padding(
+            *(q_BHLD, k_BHLD, v_BHLD, key_padding_mask), of_queries=True, zeroed=zero_padded_queries
+        )
     grouped = False
     if q_BHLD.shape[1] != k_BHLD.shape[1]:
         # Flash attention on GPUs alone knows groups in all versions, and it takes neither masks

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Generic, TypeVar
 
 import torch
 
-from spion_ds.attention.layout import BlockLayout
 from spion_ds.errors import ConfigError
 
 # Layouts beyond those that are pinned.
 LIMIT = 16
-# Makes the layout for some tokens on a device; None for dense attention.
-Derive = Callable[[int, torch.device], BlockLayout | None]
+# A BlockLayout, or None for dense attention; or what else is derived from a layout.
+T = TypeVar("T")
+# Makes the layout for some tokens on a device.
+Derive = Callable[[int, torch.device], T]
 
 
 class Slots:
@@ -25,7 +27,7 @@ def slot_name(blocks: int, device: torch.device) -> str:
     return f"layout_{blocks}_{device.type}_{device.index}"
 
 
-class DerivedLayouts:
+class DerivedLayouts(Generic[T]):
     """Layouts by blocks a side and device: the last sixteen that were used, and the pinned ones.
 
     Pinned are those that must outlive their last use in eager mode: a CUDA graph reads their
@@ -35,7 +37,7 @@ class DerivedLayouts:
         block: side of a block in tokens.
 
     Attributes:
-        slots: a BlockLayout, or None for dense attention, under each :func:`slot_name`.
+        slots: what was derived, under each :func:`slot_name`.
     """
 
     def __init__(self, block: int) -> None:
@@ -48,9 +50,9 @@ class DerivedLayouts:
         self,
         length: int,
         device: torch.device,
-        derive: Derive,
+        derive: Derive[T],
         pin: bool = False,
-    ) -> BlockLayout | None:
+    ) -> T:
         """Return the layout for ``length`` tokens, derived by ``derive`` unless it is here."""
         name, kept = slot_name(-(-length // self.block), device), vars(self.slots)
         if name not in kept:
@@ -68,7 +70,7 @@ class DerivedLayouts:
             del kept[self._recent.pop(0)]
         return found
 
-    def replace(self, derive: Derive) -> None:
+    def replace(self, derive: Derive[T]) -> None:
         """Derive the pinned layouts again, and forget the others.
 
         One that cannot be derived is left to its next use, which says why.

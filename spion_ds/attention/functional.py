@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention.available import HAS_TRITON
+from spion_ds.attention.derivatives import refuse_transforms
 from spion_ds.attention.layout import BlockLayout
-from spion_ds.attention.options import AttentionOptions
+from spion_ds.attention.options import AttentionOptions, hide_padding
 from spion_ds.attention.query_rows import rows_of_queries
 from spion_ds.attention.reference import block_sparse_attention_reference
 from spion_ds.attention.torch_backend import block_sparse_attention_torch
@@ -38,6 +39,9 @@ def block_sparse_attention(
 ) -> Tensor:
     """Return attention restricted to the layout's blocks, (batch, heads, L, head_dim).
 
+    In float32 the relative error of gradients grows by up to 2^-23 times the largest score, and in
+    float16 the gradient of a score must stay below 65504 (docs/attention.md, "How exact").
+
     Args:
         q: (batch, heads, L, head_dim), bf16, fp16, fp32 or fp64, contiguous or strided. Under
             autocast q, k and v are cast to its dtype first, as in scaled_dot_product_attention.
@@ -45,7 +49,8 @@ def block_sparse_attention(
         layout: kept blocks, for all heads or one layout a head: ceil(M / block) columns and at
             least ceil((query_offset + L) / block) rows. A query row that keeps nothing gives
             zeros and zero gradients.
-        key_padding_mask: (batch, M) bool, True = real token. Padded keys are never attended to.
+        key_padding_mask: (batch, M) bool, True = real token. Padded keys are never attended to,
+            and whatever they hold, NaN included, reaches nothing.
         causal: mask entries above the diagonal inside kept blocks. Blocks wholly above the
             diagonal are an error in the layout.
         scale: factor of the scores; head_dim ** -0.5 if None.
@@ -70,6 +75,8 @@ def block_sparse_attention(
     Raises:
         ConfigError: (a ValueError) shapes, dtypes, devices or the layout do not fit; the message
             names what and what is allowed.
+        NotImplementedError: a derivative is asked for that only the reference has: in forward
+            mode, by torch.func, or of a gradient.
     """
     check_tensors(q, k, v, key_padding_mask)
     _check_query_offset(query_offset, dropout_p, zero_padded_queries)
@@ -90,6 +97,8 @@ def block_sparse_attention(
         raise ConfigError(unknown_name("pruned mode", pruned, PRUNED))
     if backend not in BACKENDS:
         raise ConfigError(unknown_name("attention backend", backend, BACKENDS))
+    if backend != "reference":
+        refuse_transforms('block-sparse attention (but for backend="reference")', q, k, v)
     if not 0.0 <= dropout_p < 1.0:
         raise ConfigError(f"dropout_p is {dropout_p}; allowed: 0 up to, not including, 1")
     if dropout_p > 0.0:
@@ -108,6 +117,12 @@ def block_sparse_attention(
         if backend == "auto":
             backend = choose_backend(q, layout, options)
         given = layout if backend == "reference" else rows
+        if key_padding_mask is not None and backend != "triton":  # whose kernels hide it
+            q, k, v = hide_padding(
+                *(q, k, v, key_padding_mask),
+                of_queries=query_offset == 0 and q.shape[2] == k.shape[2],
+                zeroed=zero_padded_queries,
+            )
         return _implementation(backend)(q, k, v, given, options)
 
 

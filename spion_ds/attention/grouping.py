@@ -21,6 +21,7 @@ class Group:
     filled: Tensor | None
 
 
+@torch.inference_mode(False)  # they are kept, and a training step may come to read them
 def group_by_degree(pointers: Tensor, partners: Tensor, device: torch.device) -> list[Group]:
     """Return the members that have partners, in groups of about the same number.
 

@@ -54,6 +54,7 @@ class BlockLayout:
 
     @classmethod
     @torch.compiler.disable  # its shapes depend on the mask's values
+    @torch.inference_mode(False)  # a training step may come to read it
     def from_mask(cls, mask: Tensor, block: int) -> BlockLayout:
         """Make a layout from a mask of kept blocks, on the mask's device.
 
@@ -103,6 +104,7 @@ class BlockLayout:
         return self.row_ptr.device
 
     @torch.compiler.disable
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> BlockLayout:
         """Return the layout on ``device`` (itself, if it is there already)."""
         if self.device == torch.device(device):
@@ -150,6 +152,7 @@ class BlockLayout:
         mask = self.mask_of_rows(of_rows.start, of_rows.stop)[..., of_columns]
         return BlockLayout.from_mask(mask, self.block).to(self.device)
 
+    @torch.inference_mode(False)
     def mask_of_rows(self, first: int, last: int) -> Tensor:
         """Return the kept blocks of the rows ``first`` to ``last`` - 1, in time for these alone.
 

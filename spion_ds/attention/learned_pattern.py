@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spion_ds.attention.map_dispatch import pooled_map
-from spion_ds.attention.map_request import MapRequest, check_tensors
+from spion_ds.attention.map_request import check_tensors, map_request
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import pattern_loss
 
@@ -70,11 +70,10 @@ class LearnedPattern(nn.Module):
 )
 def _block_means(q: Tensor, k: Tensor, key_padding_mask: Tensor | None, block: int) -> Tensor:
     """Return the mean over heads and samples of the pooled attention, (n, n) float32."""
-    batch, heads, length, head_dim = q.shape
+    batch, heads, length, _ = q.shape
     weights = q.new_full((length,), 1.0 / (batch * heads), dtype=torch.float64)
-    scale = head_dim**-0.5
-    request = MapRequest(q, k, weights, key_padding_mask, False, scale, block)
-    return pooled_map(request).float()
+    request = map_request(q, k, weights, key_padding_mask, False, None)
+    return pooled_map(request._replace(block=block)).float()
 
 
 @_block_means.register_fake

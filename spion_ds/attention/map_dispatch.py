@@ -7,9 +7,12 @@ from torch import Tensor
 
 from spion_ds.attention.available import HAS_TRITON
 from spion_ds.attention.cpu import maps as cpu_maps
+from spion_ds.attention.derivatives import refuse_transforms
 from spion_ds.attention.map_request import MapRequest
 from spion_ds.attention.streaming_maps import block_sums_torch, central_sums_torch
 from spion_ds.patterns.pooling import group_sizes
+
+_DETACHED = "tensors that are detached, as maps have no gradient"
 
 
 def pooled_map(request: MapRequest) -> Tensor:
@@ -17,6 +20,7 @@ def pooled_map(request: MapRequest) -> Tensor:
 
     (n, n), or (heads, n, n) of a request for a map a head.
     """
+    refuse_transforms("an attention map", request.q, request.k, allowed=_DETACHED)
     sizes = group_sizes(request.length, request.block, request.q.device)
     return block_sums(request) / (sizes[:, None] * sizes)
 
@@ -45,6 +49,7 @@ def skewness(request: MapRequest) -> Tensor:
     padding in every sample, so the mean is known beforehand and the powers of the differences
     from it add up tile by tile without cancellation. 0 where all entries are equal.
     """
+    refuse_transforms("an attention map", request.q, request.k, allowed=_DETACHED)
     entries = request.length**2
     mean = float((request.row_weights > 0).sum()) / entries
     square, cube = _central_sums(request, mean)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spion_ds.attention.options import zero_padding
 from spion_ds.errors import ConfigError
 
 
@@ -119,7 +120,12 @@ def map_request(
     causal: bool,
     scale: float | None,
 ) -> MapRequest:
-    """Return a request for the token-level map; ``scale`` None is head_dim ** -0.5."""
+    """Return a request for the token-level map; ``scale`` None is head_dim ** -0.5.
+
+    Padded tokens are 0 in it: nothing that they hold, NaN included, gets into a map.
+    """
+    if key_padding_mask is not None:
+        q, k = (zero_padding(x, key_padding_mask) for x in (q, k))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return MapRequest(q, k, row_weights, key_padding_mask, causal, scale)
 

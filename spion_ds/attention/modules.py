@@ -82,8 +82,8 @@ class SparseSelfAttention(MaskHolder):
 
     _observer: Observer | None
     _ticket: Tensor
-    _layouts: DerivedLayouts
-    _full_layouts: DerivedLayouts
+    _layouts: DerivedLayouts[BlockLayout | None]
+    _full_layouts: DerivedLayouts[BlockLayout]
     own: ClassVar[tuple[str, ...]] = (
         *(*MaskHolder.own, "_ticket", "_observer", "_armed"),
         *("_layouts", "_full_layouts", "_prepared"),
@@ -300,9 +300,7 @@ class SparseSelfAttention(MaskHolder):
             blocks = operator.index(-(-length // block))
             self._settle(blocks * block, device, True)
             return getattr(self._full_layouts.slots, slot_name(blocks, device))
-        found = self._full_layouts.get(length, device, self._derive_full, captures(device))
-        assert found is not None
-        return found
+        return self._full_layouts.get(length, device, self._derive_full, captures(device))
 
     @torch.compiler.assume_constant_result
     def _settle(self, length: int, device: torch.device, full: bool) -> bool:

@@ -42,3 +42,24 @@ class AttentionOptions(NamedTuple):
 def zero_padding(x: Tensor, padding_mask: Tensor) -> Tensor:
     """Return (batch, heads, L, head_dim) with zeros where (batch, L) ``padding_mask`` is False."""
     return x.masked_fill(~padding_mask[:, None, :, None], 0.0)
+
+
+def hide_padding(
+    q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor, of_queries: bool, zeroed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v in which padded tokens harm nobody: a probability of 0 times NaN is NaN.
+
+    Padded keys and values become 0. Padded queries do where they are not finite, or all of them if
+    what they give is zeroed: the gradients of all keys go through them.
+
+    Args:
+        q: (batch, heads, L, head_dim).
+        k, v: (batch, kv_heads, M, head_dim).
+        padding_mask: (batch, M) bool, True = real token.
+        of_queries: whether it is the queries' mask too.
+        zeroed: whether padded queries give zeros.
+    """
+    padded = ~padding_mask[:, None, :, None]
+    if of_queries:
+        q = q.masked_fill(padded if zeroed else padded & ~q.isfinite(), 0.0)
+    return q, k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)

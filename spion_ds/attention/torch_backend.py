@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from spion_ds.attention.derivatives import once_differentiable, refuse_every_transform
 from spion_ds.attention.grouping import Group, group_by_degree
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
@@ -108,6 +108,7 @@ def block_sparse_attention_torch(
     options: AttentionOptions,
 ) -> Tensor:
     """Return (B, H, L, D); arguments as in ``block_sparse_attention``."""
+    refuse_every_transform('block-sparse attention with backend="torch"', q, k, v)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -127,6 +128,8 @@ def block_sparse_attention_torch(
         *(layout.block, options.scale, options.causal, options.pruned, options.dropout_p),
         options.query_offset - before,
     )
+    # Gathering whole blocks wants each head's tokens side by side.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = _BlockSparseAttention.apply(q, k, v, layout, settings, valid, options.dropout_key)
     return options.zeroed(out[:, :, before : before + length])
 
@@ -143,8 +146,6 @@ class _BlockSparseAttention(torch.autograd.Function):
         valid: Tensor | None,
         dropout_key: Tensor | None,
     ) -> Tensor:
-        # Gathering whole blocks wants each head's tokens side by side.
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.zeros_like(q)
         full = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = torch.full(q.shape[:3], float("inf"), dtype=full, device=q.device)

@@ -282,3 +282,11 @@ def test_wrong_masks_and_blocks_are_named(arguments, words):
 def test_bits_of_another_length_are_named(length):
     with pytest.raises(ConfigError, match=rf"{length} bytes .* mask of shape \(3, 5\)"):
         BlockLayout.unpack(bytes(length), (3, 5), 16)
+
+
+def test_a_layout_made_in_inference_mode_can_be_trained_with():
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    with torch.inference_mode():
+        layout = BlockLayout.from_mask(mask.clone(), 16)
+        layouts = (layout, layout.crop(1, 2), layout.to("meta"))
+    assert not any(x.col_idx.is_inference() for x in layouts)

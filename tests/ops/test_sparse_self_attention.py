@@ -192,6 +192,49 @@ def test_a_mask_that_changes_in_place_is_looked_at_again(device):
     assert_close("output", attention(q, k, v, key_padding_mask=mask), wanted, torch.float32)
 
 
+@pytest.mark.parametrize("fill", ["NumPy", "data"])
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_a_mask_that_is_refilled_without_a_trace_is_read_anew(name, fill):
+    attention = SparseSelfAttention(DenseSparsityConfig(HEADS))
+    q, k, v = draw(torch.device("cpu"))
+    mask, other = torch.zeros(BATCH, LENGTH), torch.randn(BATCH, LENGTH)
+    if name == "attn_mask":
+        mask, other = torch.ones(LENGTH, LENGTH).tril(), torch.ones(LENGTH, LENGTH)
+    attention(q, k, v, **{name: mask})
+    if fill == "NumPy":
+        mask.numpy()[:] = other.numpy()
+    else:
+        mask.data.copy_(other)
+    expected = attention(q, k, v, **{name: other})
+    assert torch.equal(attention(q, k, v, **{name: mask}), expected)
+
+
+def test_a_module_first_used_in_inference_mode_can_be_trained(device):
+    attention = SparseSelfAttention(FixedSparsityConfig(HEADS)).to(device)
+    rpe = torch.zeros(LENGTH, LENGTH, device=device)
+    for arguments in ({}, {"rpe": rpe}):
+        with torch.inference_mode():
+            attention(*draw(device), **arguments)
+        tensors = draw(device)
+        attention(*tensors, **arguments).sum().backward()
+        assert all(x.grad is not None for x in tensors)
+
+
+def test_layouts_of_sixteen_lengths_are_kept(device):
+    attention = SparseSelfAttention(FixedSparsityConfig(HEADS, 16))
+    made = []
+    attention._make = lambda *arguments: (
+        made.append(arguments) or type(attention)._make(attention, *arguments)
+    )
+    for length in [*range(16, 16 * 21, 16), 16 * 20 - 3]:
+        attention(*draw(device, length=length))
+    assert len(made) == 20  # the last length has as many blocks as the one before
+    attention(*draw(device, length=16 * 10))
+    assert len(made) == 20
+    attention(*draw(device, length=16))
+    assert len(made) == 21
+
+
 def test_a_transposed_key_is_taken(device):
     attention = SparseSelfAttention(FixedSparsityConfig(HEADS))
     q, k, v = draw(device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spion_ds.attention.derivatives import derivative_by
+from spion_ds.attention.derivatives import derivative_by, refuse_second_derivative
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.errors import ConfigError
@@ -44,7 +44,7 @@ def block_sparse_attention_cpu(
         *(options.pruned == "zero", options.dropout_p, options.zero_padded_queries),
         options.query_offset,
     )
-    return out
+    return options.zeroed(out)  # its gradient too
 
 
 def unsupported(q: Tensor, layout: BlockLayout) -> str | None:
@@ -66,7 +66,7 @@ def _ready() -> None:
     torch.library.register_fake("spion_ds::cpu_attention_fwd", _forward_fake)
     torch.library.register_fake("spion_ds::cpu_attention_bwd", _backward_fake)
     torch.library.register_autograd("spion_ds::cpu_attention_fwd", _backward, setup_context=_save)
-    torch.library.register_autograd("spion_ds::cpu_attention_bwd", _second_derivative)
+    torch.library.register_autograd("spion_ds::cpu_attention_bwd", refuse_second_derivative)
 
 
 # The operator is there once the library is loaded.
@@ -78,10 +78,6 @@ _setup_context, _backward = derivative_by(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     _setup_context(ctx, inputs, output)
-
-
-def _second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("block-sparse attention has no second derivative")
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spion_ds import compiling
-from spion_ds.attention.derivatives import derivative_by
+from spion_ds.attention.derivatives import derivative_by, refuse_second_derivative
 from spion_ds.attention.hopper.plan import TOKENS, Problem, WorkLists, work_lists
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
@@ -61,7 +60,8 @@ def block_sparse_attention_hopper(
         out = _fwd_op(*arguments)[0]
     else:
         out = _BlockSparseAttention.apply(*arguments)
-    return out[:, :, before : before + queries] if before else out
+    out = out[:, :, before : before + queries] if before else out
+    return options.zeroed(out)  # its gradient too
 
 
 def unsupported(q: Tensor, layout: BlockLayout, options: AttentionOptions) -> str | None:
@@ -222,8 +222,8 @@ class _BlockSparseAttention(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The operator refuses to be differentiated again.
         return _backward(ctx, grad)
 
 
@@ -231,4 +231,7 @@ torch.library.register_fake("spion_ds::hopper_attention_fwd", _fwd_fake, lib=_li
 torch.library.register_fake("spion_ds::hopper_attention_bwd", _bwd_fake, lib=_library)
 torch.library.register_autograd(
     "spion_ds::hopper_attention_fwd", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "spion_ds::hopper_attention_bwd", refuse_second_derivative, lib=_library
 )

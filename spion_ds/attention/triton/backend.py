@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spion_ds.attention.derivatives import derivative_by
+from spion_ds.attention.derivatives import derivative_by, refuse_second_derivative
 from spion_ds.attention.layout import BlockLayout
 from spion_ds.attention.options import AttentionOptions
 from spion_ds.attention.query_rows import in_whole_blocks
@@ -60,7 +60,7 @@ def block_sparse_attention_triton(
     scale = options.scale
     if scale <= 0.0:
         # The kernels take the largest unscaled score for the largest scaled one.
-        q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
+        q, scale = (-q, -scale) if scale < 0.0 else (q * 0.0, 1.0)
     queries, before = q.shape[2], options.query_offset % layout.block
     # A token of decoding then has the same shape at every place in a block.
     q = in_whole_blocks(q, options.query_offset, layout.block)
@@ -77,7 +77,8 @@ def block_sparse_attention_triton(
         options.query_offset - before if options.causal else 0,
     )
     arguments = (q, k, v, *index, padding, key, *settings)
-    if torch.compiler.is_compiling() or hooked() or not operators_available():
+    transformed = torch._C._are_functorch_transforms_active()  # which C++ Functions do not serve
+    if torch.compiler.is_compiling() or transformed or hooked() or not operators_available():
         out = _fwd_op(*arguments)[0]
     else:
         stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else 0
@@ -331,6 +332,9 @@ torch.library.register_autograd(
     _op_backward,
     setup_context=_setup_context,
     lib=_library,
+)
+torch.library.register_autograd(
+    "spion_ds::block_sparse_attention_bwd", refuse_second_derivative, lib=_library
 )
 
 

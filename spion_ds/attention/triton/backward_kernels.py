@@ -18,9 +18,11 @@ from spion_ds.attention.triton.tokens import (
     load_tokens,
     partner_tokens,
     plain_tiles,
+    real_keys,
     real_span,
     row_keys,
     store_tokens,
+    taking_rows,
     tile_count,
 )
 
@@ -97,10 +99,11 @@ def block_sparse_attention_bwd_kernel(
     bh = tl.where(rest < 0, place % copies, rest // (each - ahead))
     b, kv_head = (bh // kv_heads).to(tl.int64), (bh % kv_heads).to(tl.int64)
     reach = tl.maximum(num_rows, num_cols)  # blocks up to the last real token
+    unpadded = reach  # first blocks without padding
     if padding_ptr is not None:
         padding_ptr += b * keys
         spans_ptr += b * 2
-        reach = tl.load(spans_ptr + 1)
+        unpadded, reach = tl.load(spans_ptr), tl.load(spans_ptr + 1)
     if dropout_ptr is not None:
         dropout_ptr += b
     if ROWS and rank >= columns:
@@ -138,10 +141,10 @@ def block_sparse_attention_bwd_kernel(
             own = column * BLOCK + part * OWN
             dk_OD, dv_OD = _sum_dk_dv(
                 (q, k, v, grad, out),
-                *(lse_ptr, delta_ptr),
+                *(lse_ptr, delta_ptr, padding_ptr),
                 *(dropout_ptr, threshold, dropout_scale),
                 (b, kv_head, own),
-                (col_ptr, row_idx, num_cols, column, piece, pieces, reach),
+                (col_ptr, row_idx, num_cols, column, piece, pieces, reach, unpadded),
                 (heads, num_rows * BLOCK, queries, keys, scale_log2),
                 query_offset,
                 *(HEAD_DIM, D, PRECISION, GROUP, PER_HEAD, BLOCK, OWN, TILE, COLUMN_TAIL, CAUSAL),
@@ -217,13 +220,14 @@ def _write_dq(
     for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
         for tile in range(plain if ends else 0, tiles if ends else plain):
             first, others_T = partner_tokens(col_idx, start, stop, tile, BLOCK, TILE)
-            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
-            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
             tokens_T = first + others_T
+            real_T = real_keys(tokens_T, keys, padding_ptr, ends)
+            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D, real_T)
+            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D, real_T)
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             probs_OT = tl.exp2(scores_OT * scale_log2 - lse_O[:, None])
             if ends:
-                allowed_OT = allowed_entries(positions_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(positions_O, tokens_T, real_T, CAUSAL)
                 probs_OT = tl.where(allowed_OT, probs_OT, 0.0)
             dprobs_OT = tl.dot(grad_OD, tl.trans(v_TD), input_precision=PRECISION)
             if dropout_ptr is not None:
@@ -231,6 +235,9 @@ def _write_dq(
                 dprobs_OT = tl.where(keep_OT, dprobs_OT * dropout_scale, 0.0)
             dscores_OT = (probs_OT * (dprobs_OT - delta_O[:, None])).to(k_TD.dtype)
             dq_OD = tl.dot(dscores_OT, k_TD, dq_OD, input_precision=PRECISION)
+    if padding_ptr is not None:
+        wanted_O = taking_rows(rows_O, lse_O, queries, keys, padding_ptr)
+        dq_OD = tl.where(wanted_O[:, None], dq_OD, 0.0)
     store_tokens(dq, b, h, own, lane_O, queries, dq_OD * scale, HEAD_DIM, D)
 
 
@@ -239,11 +246,13 @@ def _sum_dk_dv(
     tensors: tl.tuple,  # q, k, v, grad, out
     lse_ptr: tl.tensor,
     delta_ptr: tl.tensor,  # or None
+    padding_ptr: tl.tensor,  # of the sample, or None
     dropout_ptr: tl.tensor,  # of the sample, or None
     threshold: tl.tensor,
     dropout_scale: tl.tensor,
     place: tl.tuple,  # b, kv_head, first own token
-    partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces, reach
+    partners: tl.tuple,  # column pointers, row indices, columns; column, piece, pieces, reach,
+    # unpadded
     sizes: tl.tuple,
     query_offset: tl.tensor,  # or None
     HEAD_DIM: tl.constexpr,
@@ -265,7 +274,7 @@ def _sum_dk_dv(
     """
     q, k, v, grad, out = tensors
     b, kv_head, own = place
-    col_ptr, row_idx, num_cols, column, piece, pieces, reach = partners
+    col_ptr, row_idx, num_cols, column, piece, pieces, reach, unpadded = partners
     heads, padded, queries, keys, scale_log2 = sizes
     lane_O = tl.arange(0, OWN)
     own_O = own + lane_O
@@ -285,20 +294,32 @@ def _sum_dk_dv(
             stop = start + count_below(row_idx, start, stop, reach)
         row_sums = (b * heads + h) * padded
         tiles = tile_count(stop - start, BLOCK, TILE)
-        plain = tl.maximum(tiles - TAIL, 0)
-        for ends in tl.static_range(0, 2 if TAIL > 0 else 1):
+        whole = stop - start
+        if padding_ptr is not None:
+            whole = count_below(row_idx, start, stop, unpadded)
+        plain = plain_tiles(tiles, whole, BLOCK, TILE, TAIL)
+        for ends in tl.static_range(0, 2 if TAIL > 0 or padding_ptr is not None else 1):
             for tile in range(plain if ends else 0, tiles if ends else plain):
                 first, others_T = partner_tokens(row_idx, start, stop, tile, BLOCK, TILE)
-                q_TD = load_tokens(q, b, h, first, others_T, queries, ends, HEAD_DIM, D)
-                grad_TD = load_tokens(grad, b, h, first, others_T, queries, ends, HEAD_DIM, D)
                 rows_T = first + others_T
                 # Rows that do not exist have lse = +inf, so probability 0.
                 lse_T = load_sums(lse_ptr + row_sums, first, others_T, padded, ends, float("inf"))
+                wanted_T = None
+                if ends and padding_ptr is not None:
+                    wanted_T = taking_rows(rows_T, lse_T, queries, keys, padding_ptr)
+                q_TD = load_tokens(q, b, h, first, others_T, queries, ends, HEAD_DIM, D, wanted_T)
+                grad_TD = load_tokens(
+                    grad, b, h, first, others_T, queries, ends, HEAD_DIM, D, wanted_T
+                )
                 if delta_ptr is None:
-                    out_TD = load_tokens(out, b, h, first, others_T, queries, ends, HEAD_DIM, D)
+                    out_TD = load_tokens(
+                        out, b, h, first, others_T, queries, ends, HEAD_DIM, D, wanted_T
+                    )
                     delta_T = tl.sum(out_TD.to(tl.float32) * grad_TD.to(tl.float32), axis=1)
                 else:
                     delta_T = load_sums(delta_ptr + row_sums, first, others_T, padded, ends, 0.0)
+                    if wanted_T is not None:
+                        delta_T = tl.where(wanted_T, delta_T, 0.0)
                 scores_OT = tl.dot(k_OD, tl.trans(q_TD), input_precision=PRECISION)
                 probs_OT = tl.exp2(scores_OT * scale_log2 - lse_T[None, :])
                 if CAUSAL:

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spion_ds.random_bits import MULTIPLY_1, MULTIPLY_2, STRIDE, keep_threshold
 
@@ -32,9 +31,8 @@ class _Dropout(torch.autograd.Function):
         return _launch(x, p, key)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _launch(grad, ctx.p, *ctx.saved_tensors), None, None
+        return _Dropout.apply(grad, ctx.p, *ctx.saved_tensors), None, None
 
 
 def _launch(x: Tensor, p: float, key: Tensor) -> Tensor:

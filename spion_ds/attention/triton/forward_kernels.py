@@ -25,6 +25,7 @@ from spion_ds.attention.triton.tokens import (
     load_tokens,
     partner_tokens,
     plain_tiles,
+    real_keys,
     real_span,
     row_keys,
     store_tokens,
@@ -127,12 +128,14 @@ def block_sparse_attention_fwd_kernel(
         # past the queries; the ones before them nothing to mask.
         for tile in range(plain if ends else 0, tiles if ends else plain):
             first, others_T = partner_tokens(col_idx, start, stop, tile, BLOCK, TILE)
-            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
-            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
             tokens_T = first + others_T
+            real_T = real_keys(tokens_T, keys, padding_ptr, ends)
+            k_TD = load_tokens(k, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D)
+            # A probability of 0 times NaN is NaN.
+            v_TD = load_tokens(v, b, h // GROUP, first, others_T, keys, ends, HEAD_DIM, D, real_T)
             scores_OT = tl.dot(q_OD, tl.trans(k_TD), input_precision=PRECISION)
             if ends:
-                allowed_OT = allowed_entries(positions_O, tokens_T, keys, padding_ptr, CAUSAL)
+                allowed_OT = allowed_entries(positions_O, tokens_T, real_T, CAUSAL)
                 scores_OT = tl.where(allowed_OT, scores_OT, float("-inf"))
                 if PRUNED_ZERO:
                     masked_O += tl.sum(1 - allowed_OT.to(tl.int32), axis=1)

@@ -112,18 +112,38 @@ def partner_tokens(
 
 
 @triton.jit
+def real_keys(
+    tokens_T: tl.tensor, keys: tl.tensor, padding_ptr: tl.tensor, MASK: tl.constexpr
+) -> tl.tensor:
+    """Return which keys exist and are no padding, (T,); without MASK that is None, for all."""
+    real_T = None
+    if MASK:
+        real_T = tokens_T < keys
+        if padding_ptr is not None:
+            real_T = real_T & (tl.load(padding_ptr + tokens_T, mask=real_T, other=0) != 0)
+    return real_T
+
+
+@triton.jit
+def taking_rows(
+    rows: tl.tensor, lse: tl.tensor, queries: tl.tensor, keys: tl.tensor, padding_ptr: tl.tensor
+) -> tl.tensor:
+    """Return which queries take part in the gradients: real ones, and padding that keeps something.
+
+    Other padding may hold NaN, which a probability of 0 does not make 0. Only where there are as
+    many queries as keys does the mask say which queries are padding.
+    """
+    masked = tl.where(queries == keys, keys, 0)
+    real = tl.load(padding_ptr + rows, mask=rows < masked, other=1) != 0
+    return real | (lse != float("inf"))
+
+
+@triton.jit
 def allowed_entries(
-    positions_O: tl.tensor,
-    tokens_T: tl.tensor,
-    keys: tl.tensor,
-    padding_ptr: tl.tensor,
-    CAUSAL: tl.constexpr,
+    positions_O: tl.tensor, tokens_T: tl.tensor, real_T: tl.tensor, CAUSAL: tl.constexpr
 ) -> tl.tensor:
     """Return which entries of a tile exist, (1, T), or (O, T) with CAUSAL."""
-    allowed_T = tokens_T < keys
-    if padding_ptr is not None:
-        allowed_T = allowed_T & (tl.load(padding_ptr + tokens_T, mask=allowed_T, other=0) != 0)
-    allowed = allowed_T[None, :]
+    allowed = real_T[None, :]
     if CAUSAL:
         allowed = allowed & (tokens_T[None, :] <= positions_O[:, None])
     return allowed
@@ -140,17 +160,22 @@ def load_tokens(
     MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
+    wanted: tl.tensor = None,
 ) -> tl.tensor:
     """Return the tokens ``first`` + ``others`` of head ``h``, (tokens, D), 0 past head_dim.
 
-    With MASK also 0 past the sequence; without, all tokens must be inside it.
+    With MASK also 0 past the sequence, and for tokens that are not ``wanted``; without, all tokens
+    must be inside it.
     """
     pointers, column = locate(x, b, h, first, others, D)
-    if MASK and HEAD_DIM < D:
-        mask = (first + others < length)[:, None] & (column < HEAD_DIM)
+    if MASK:
+        mask = first + others < length
+        if wanted is not None:
+            mask = mask & wanted
+        mask = mask[:, None]
+        if HEAD_DIM < D:
+            mask = mask & (column < HEAD_DIM)
         tile = tl.load(pointers, mask=mask, other=0.0)
-    elif MASK:
-        tile = tl.load(pointers, mask=(first + others < length)[:, None], other=0.0)
     elif HEAD_DIM < D:
         tile = tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
     else:

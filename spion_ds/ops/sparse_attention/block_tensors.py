@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spion_ds.attention.derivatives import refuse_every_transform
 from spion_ds.attention.grouping import Group, group_by_degree
 from spion_ds.attention.layout import BlockLayout
+
+_WHAT = "a product or softmax of block-sparse matrices"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,7 @@ class BlockIndex:
     by_column: list[Group]
 
     @classmethod
+    @torch.inference_mode(False)  # a training step may come to read it
     def from_mask(cls, mask: Tensor, block: int, device: torch.device | None = None) -> BlockIndex:
         """Make the index of a mask (n, m) or (heads, n, m) of kept blocks, bool or 0 and 1.
 
@@ -67,6 +71,7 @@ class BlockIndex:
 
 def multiply_sampled(a_BHMD: Tensor, b_BHND: Tensor, index: BlockIndex) -> Tensor:
     """Return a · bᵀ at the kept blocks, (B, K, b, b); differentiable in both, any times."""
+    refuse_every_transform(_WHAT, a_BHMD, b_BHND)
     return _Sampled.apply(a_BHMD, b_BHND, index)
 
 
@@ -81,11 +86,13 @@ def multiply_blocks(
         index: of p's blocks.
         transposed: multiply with pᵀ.
     """
+    refuse_every_transform(_WHAT, p_BKbb, x_BHND)
     return _Blocks.apply(p_BKbb, x_BHND, index, transposed)
 
 
 def row_softmax(scores_BKbb: Tensor, index: BlockIndex) -> Tensor:
     """Return the softmax over the kept entries of each row; a row of -inf gives zeros."""
+    refuse_every_transform(_WHAT, scores_BKbb)
     return _RowSoftmax.apply(scores_BKbb, index)
 
 

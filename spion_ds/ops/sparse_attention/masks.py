@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from spion_ds.attention.observing import captures
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.ops.sparse_attention.block_tensors import BlockIndex, row_softmax, take_blocks
 
@@ -62,61 +60,57 @@ def block_softmax(
     """
     full = torch.float64 if x_BKbb.dtype == torch.float64 else torch.float32
     scores = x_BKbb.to(full) * scale
-    for matrix in (rpe, attn_mask):
-        if matrix is not None:
-            scores = scores + take_blocks(matrix, index).to(full)
+    if rpe is not None:
+        scores = scores + take_blocks(rpe, index).to(full)
+    if attn_mask is not None:
+        scores = _added(scores, take_blocks(attn_mask, index).to(full))
     if key_padding_mask is not None:
         tiles = key_padding_mask.to(full).unflatten(1, (-1, index.block))
         columns = tiles.index_select(1, index.column % index.shape[2])
-        scores = scores + columns[:, :, None, :]
+        scores = _added(scores, columns[:, :, None, :])
     return row_softmax(scores, index).to(x_BKbb.dtype)
 
 
-class LastAnswer:
-    """Remembers what ``ask(mask, mode)`` answered for the last mask: the layers share a mask.
-
-    The answer is a bool that waits for the device, so it is worth asking once a step.
-    """
-
-    def __init__(self, ask: Callable[[Tensor, str], bool]) -> None:
-        self._ask = ask
-        self._last: tuple[weakref.ref[Tensor], tuple, bool] | None = None
-
-    @torch.compiler.disable
-    def __call__(self, mask: Tensor, mode: str) -> bool:
-        """Return the answer for ``mask`` as it is now."""
-        if mask.is_inference():  # writes to it leave no trace
-            return self._ask(mask, mode)
-        # Layers may each make the same view of the one mask.
-        base = mask if mask._base is None else mask._base
-        view = (mask._version, mode, mask.data_ptr(), mask.shape, mask.stride(), mask.dtype)
-        last = self._last
-        if last is not None and last[0]() is base and last[1] == view:
-            return last[2]
-        answer = self._ask(mask, mode)
-        self._last = (weakref.ref(base), view, answer)
-        return answer
+def _added(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return scores + mask, -inf where the mask is, whatever the score: NaN - inf is NaN."""
+    return (scores + mask).masked_fill(mask == float("-inf"), float("-inf"))
 
 
-def _only_excludes(mask: Tensor, mode: str) -> bool:
-    return mode == "mul" or bool(((mask == 0) | (mask <= EXCLUDED)).all())
+# Not remembered from mask to mask: NumPy, ``.data`` and collectives write without a trace.
 
 
-def _same_rows(mask: Tensor, mode: str) -> bool:
-    return mask.stride(-2) == 0 or bool((mask == mask[..., :1, :]).all())
+@torch.compiler.disable
+def only_excludes(mask: Tensor, mode: str) -> bool:
+    """Return whether a mask says nothing but yes or no, so that no kernel need add it."""
+    return mode == "mul" or _holds((mask == 0) | (mask <= EXCLUDED))
 
 
-def _is_causal(mask: Tensor, mode: str) -> bool:
+@torch.compiler.disable
+def same_rows(mask: Tensor) -> bool:
+    """Return whether a mask (..., L, L) says the same to every query: it is a padding mask then."""
+    return mask.stride(-2) == 0 or _holds(mask == mask[..., :1, :])
+
+
+@torch.compiler.disable
+def is_causal(mask: Tensor, mode: str) -> bool:
+    """Return whether a mask is the lower triangle, which the fused kernels have built in."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return False
-    free = (mask != 0) if mode == "mul" or mask.dtype == torch.bool else (mask == 0)
+    yes_or_no = mode == "mul" or mask.dtype == torch.bool
+    free = (mask != 0) if yes_or_no else (mask == 0)
     causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-    return bool((free == causal).all()) and (mask.dtype == torch.bool or _only_excludes(mask, mode))
+    return _holds(free == causal) and (yes_or_no or only_excludes(mask, mode))
 
 
-# Whether a mask says nothing but yes or no, so that no kernel need add it.
-only_excludes = LastAnswer(_only_excludes)
-# Whether a mask (..., L, L) says the same to every query: it is a padding mask then.
-same_rows = LastAnswer(_same_rows)
-# Whether a mask is the lower triangle, which the fused kernels have built in.
-is_causal = LastAnswer(_is_causal)
+def _holds(condition: Tensor) -> bool:
+    """Return whether all entries are True, by waiting for the device.
+
+    Raises:
+        ConfigError: a CUDA graph is being captured, in which no value can be read.
+    """
+    if captures(condition.device):
+        raise ConfigError(
+            "a CUDA graph is being captured, in which no mask's values can be read to choose what "
+            'computes it; allowed: a bool key_padding_mask, or one in mode "mul", and no attn_mask'
+        )
+    return bool(condition.all())

@@ -200,7 +200,7 @@ class _HuggingFaceSelfAttention(BertSparseSelfAttention):
         """Return the context (batch, L, hidden_size), and None for the probabilities."""
         length = hidden_states.shape[1]
         if attention_mask is not None and tuple(attention_mask.shape[1:]) == (1, length, length):
-            if length > 1 and not same_rows(attention_mask, "add"):
+            if length > 1 and not same_rows(attention_mask):
                 raise ConfigError(
                     "the model passes an attention mask (batch, 1, L, L) that differs between "
                     "queries; sparse attention in an encoder takes a padding mask (batch, L)"

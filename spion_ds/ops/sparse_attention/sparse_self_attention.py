@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spion_ds.attention import BlockLayout, block_sparse_attention
+from spion_ds.attention.derived_layouts import DerivedLayouts
+from spion_ds.attention.observing import captures
+from spion_ds.attention.options import hide_padding
 from spion_ds.errors import ConfigError
 from spion_ds.ops.sparse_attention.block_tensors import (
     BlockIndex,
@@ -77,7 +80,7 @@ class SparseSelfAttention(nn.Module):
             with _same_draws_everywhere():
                 master_layout = sparsity_config.make_layout(max_seq_length)
         self.register_buffer("master_layout", master_layout)
-        self._made: dict[tuple, Any] = {}
+        self._made: dict[tuple, DerivedLayouts] = {}
         self._pattern: Tensor | None = None
 
     def get_layout(self, L: int) -> Tensor:
@@ -174,9 +177,13 @@ class SparseSelfAttention(nn.Module):
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         length, full = query.shape[2], torch.float32
         rest = index.shape[1] * index.block - length
-        if rest or padding is not None:
-            keys = query.new_ones((query.shape[0], length), dtype=torch.bool)
-            padding = self._excluding(keys if padding is None else padding, "add")
+        if padding is not None:
+            padding = self._excluding(padding, "add")
+            real = padding != float("-inf")
+            query, key, value = hide_padding(query, key, value, real, of_queries=True, zeroed=False)
+        elif rest:
+            padding = torch.zeros((query.shape[0], length), dtype=full, device=query.device)
+        if padding is not None:
             padding = F.pad(padding, (0, rest), value=float("-inf"))
         if attn_mask is not None:
             attn_mask = self._excluding(attn_mask, self.attn_mask_mode)
@@ -211,30 +218,39 @@ class SparseSelfAttention(nn.Module):
 
     @torch.compiler.disable
     def _get(self, kind: type[T], query: Tensor, causal: bool) -> T:
-        """Return the layout for the query's length and device, as ``kind``; made once."""
+        """Return the layout for the query's length and device, as ``kind``.
+
+        The last sixteen are kept, and those that a CUDA graph reads.
+        """
         pattern = getattr(self.sparsity_config, "pattern", None)
         if pattern is not self._pattern:
             self._made.clear()
             self._pattern = pattern
-        heads, length = query.shape[1:3]
-        name = (kind, heads, length, query.device, causal)
+        heads, length, device = query.shape[1], query.shape[2], query.device
+        name = (kind, heads, causal)
         if name not in self._made:
-            mask = self.get_layout(length).bool()
-            if mask.shape[0] not in (1, heads):
-                raise ConfigError(
-                    f"the sparsity configuration is for {mask.shape[0]} heads and the query has "
-                    f"{heads}; give the configuration num_heads={heads}"
-                )
-            mask = mask.tril() if causal else mask
-            block = self.sparsity_config.block
-            if kind is BlockIndex:
-                whole = mask.expand(heads, -1, -1)
-                self._made[name] = BlockIndex.from_mask(whole, block, query.device)
-            else:
-                shared = bool((mask == mask[:1]).all())
-                layout = BlockLayout.from_mask(mask[0] if shared else mask, block)
-                self._made[name] = layout.to(query.device)
-        return self._made[name]
+            self._made[name] = DerivedLayouts(self.sparsity_config.block)
+
+        def make(length: int, device: torch.device) -> T:
+            return self._make(kind, heads, length, device, causal)
+
+        return self._made[name].get(length, device, make, captures(device))
+
+    def _make(
+        self, kind: type[T], heads: int, length: int, device: torch.device, causal: bool
+    ) -> T:
+        mask = self.get_layout(length).bool()
+        if mask.shape[0] not in (1, heads):
+            raise ConfigError(
+                f"the sparsity configuration is for {mask.shape[0]} heads and the query has "
+                f"{heads}; give the configuration num_heads={heads}"
+            )
+        mask = mask.tril() if causal else mask
+        block = self.sparsity_config.block
+        if kind is BlockIndex:
+            return kind.from_mask(mask.expand(heads, -1, -1), block, device)
+        shared = bool((mask == mask[:1]).all())
+        return BlockLayout.from_mask(mask[0] if shared else mask, block).to(device)
 
 
 @contextmanager
