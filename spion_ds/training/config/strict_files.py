@@ -61,6 +61,8 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _read(path: Path, what: str) -> str:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{what} is not a regular file; write it to one")
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
