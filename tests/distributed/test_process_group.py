@@ -8,10 +8,10 @@ import socket
 import pytest
 
 from spion_ds.distributed import process_group as ranks
+from spion_ds.distributed.ending import run_command
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import ConfigError
-from spion_ds.training.session import run_command
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -79,7 +79,7 @@ def test_a_rank_that_waits_in_vain_says_where(
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     set_all(monkeypatch, {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", **place})
-    monkeypatch.setattr(ranks, "_MEETING_TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(ranks, "MEETING_TIMEOUT", datetime.timedelta(seconds=1))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert run_command(lambda: join(Ranks(rank, 2, 0, 1))) == LOST_RANK_EXIT
     error = capsys.readouterr().err.strip()

@@ -97,7 +97,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: there is none, none is whole, or the one that was named outright is not.
     """
-    if (place / _MANIFEST).is_file() or (place / "state.pt").is_file():
+    if is_checkpoint(place):
         _check_named(place, checksums)
         return place
     root = place / "checkpoints"
@@ -123,6 +123,11 @@ def find_checkpoint(
     raise CheckpointError(
         f"no checkpoint in {root} is whole ({'; '.join(failures)}); start anew without --resume"
     )
+
+
+def is_checkpoint(place: Path) -> bool:
+    """Return whether a place is a checkpoint itself, and not a run."""
+    return (place / _MANIFEST).is_file() or (place / "state.pt").is_file()
 
 
 def has_checkpoint(run: Path) -> bool:
