@@ -27,7 +27,7 @@ from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoints.checkpoint import check_harmless, load_state
 from spion_ds.training.checkpoints.files import find_checkpoint, has_checkpoint, is_checkpoint
 from spion_ds.training.checkpoints.resuming import Resume, check_switch_state, plan_resume
-from spion_ds.training.config.deepspeed import check_with_deepspeed
+from spion_ds.training.config.deepspeed import check_with_deepspeed, rehearse
 from spion_ds.training.config.map_memory import check_map_memory
 from spion_ds.training.config.recipe_files import read_deepspeed_json, read_recipe
 from spion_ds.training.config.run import RunConfig, build_run_config
@@ -98,6 +98,7 @@ def train(options: TrainOptions, request: StopRequest | None = None) -> None:
                     f"some ranks see a checkpoint to go on from and some do not; {options.run_dir} "
                     "must be a folder that all nodes share; if it is, start again"
                 )
+            agreement.together(lambda: rehearse(config.resolved))
             resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
             dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
             agreement.from_first(lambda: check_samples(config, dataset))
