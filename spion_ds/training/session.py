@@ -98,6 +98,10 @@ def train(options: TrainOptions, request: StopRequest | None = None) -> None:
                     f"some ranks see a checkpoint to go on from and some do not; {options.run_dir} "
                     "must be a folder that all nodes share; if it is, start again"
                 )
+            if options.resume == AUTO and agreement.from_first(
+                lambda: _finished(checkpoint, config)
+            ):
+                return
             agreement.together(lambda: rehearse(config.resolved))
             resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
             dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
@@ -148,6 +152,22 @@ def _take_resumed(options: TrainOptions, lock: RunLock) -> None:
     run = place.parent.parent if is_checkpoint(place) else place
     if (run / "checkpoints").is_dir() or (options.resume == AUTO and run.is_dir()):
         lock.take(run)
+
+
+def _finished(options: TrainOptions, checkpoint: Path | None, config: RunConfig) -> bool:
+    """Return whether ``--resume auto`` has nothing left to do; print the run's summary then."""
+    if options.resume != AUTO or checkpoint is None:
+        return False
+    step, folder = load_state(checkpoint)[0].step, checkpoint.parent.parent
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summed_up = sum(summary[phase]["steps"] for phase in ("dense", "sparse"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # it was killed after its last step
+    if step < config.training.steps or summed_up != step:
+        return False
+    print(f"{summary_table(summary)}\n\nrun folder: {folder}, finished before", flush=True)
+    return True
 
 
 def check_samples(config: RunConfig, dataset: Dataset) -> None:
