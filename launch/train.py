@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spion_ds.distributed.standard_streams import mend_streams
 from spion_ds.distributed.stopping import StopRequest
 
 
 def main() -> int:
     """Parse the command line and train; return the exit code."""
+    mend_streams()
     with StopRequest() as request:  # before the imports, which take seconds
         from spion_ds.distributed.ending import run_command
         from spion_ds.training.session import TrainOptions, train

@@ -12,6 +12,7 @@ from spion_ds.distributed import heartbeat
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT, LostRankError
 from spion_ds.distributed.meeting import has_spoken, let_first_speak
 from spion_ds.distributed.process_group import MissingRankError, discover_ranks, leave, store
+from spion_ds.distributed.standard_streams import mend_streams
 from spion_ds.distributed.stopping import STOPPED_EXIT, Stopped
 from spion_ds.errors import ConfigError, SpionError
 
@@ -26,6 +27,7 @@ def run_command(command: Callable[[], object]) -> int:
     The codes: 0 done, 2 an error to mend, 3 another rank was lost, 75 stopped by a signal with a
     checkpoint. A signal before there is a checkpoint ends the process with 128 and its number.
     """
+    mend_streams()
     try:
         command()
     except Stopped:

@@ -29,7 +29,7 @@ def prepare_together(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run ``work`` on every rank, and let all meet; an error on any of them is raised on all.
 
     Raises:
-        SpionError: the error of ``work``, which names the ranks unless it is that of all.
+        SpionError: the error of ``work``, which names its ranks unless it is rank 0's.
         MissingRankError: the others did not come; ``work`` had no error here.
     """
     result: list[T] = []
@@ -83,7 +83,7 @@ def _exchange(ranks: Ranks, error: str) -> list[str]:
 
 
 def _union(told: list[str]) -> SpionError | None:
-    """Return the errors of all ranks as one that names them, None if there is none."""
+    """Return the errors of all ranks as one that names the ranks other than 0, None for none."""
     by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(told):
         if text:
@@ -92,6 +92,7 @@ def _union(told: list[str]) -> SpionError | None:
         return None
     return ConfigError(
         "; ".join(
-            f"on rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()
+            text if 0 in ranks else f"on rank {', '.join(map(str, ranks))}: {text}"
+            for text, ranks in by_text.items()
         )
     )

@@ -64,36 +64,72 @@ def discover_ranks() -> Ranks:
 
     torchrun and the deepspeed launcher set RANK and WORLD_SIZE; Open MPI's and MPICH's mpirun
     and Slurm's srun set their own variables; without any, the process is alone.
+
+    Raises:
+        ConfigError: a variable is no whole number, or they contradict one another.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
-        return Ranks(int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), local_world)
-    for size, rank, local_size, local_rank in (
+    for rank, size, local_rank, local_sizes in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
         (
-            "OMPI_COMM_WORLD_SIZE",
             "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
+            "OMPI_COMM_WORLD_SIZE",
             "OMPI_COMM_WORLD_LOCAL_RANK",
+            ("OMPI_COMM_WORLD_LOCAL_SIZE",),
         ),
-        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
     ):
-        if size in env:
-            world, number = int(env[size]), int(env[rank])
-            local_world = int(env.get(local_size, world))
-            return Ranks(number, world, int(env.get(local_rank, number)), local_world)
+        if rank in env and size in env:
+            world, number = _number(size), _number(rank)
+            local_size = next((name for name in local_sizes if name in env), None)
+            local_world = world if local_size is None else _number(local_size)
+            alone = 0 if rank == "RANK" else number
+            local = _number(local_rank) if local_rank in env else alone
+            return _checked(Ranks(number, world, local, local_world), rank, size, local_rank)
     if "SLURM_STEP_NUM_TASKS" in env:  # under srun, not in a batch script itself
-        world, number = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
+        world, number = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_PROCID")
         # "2(x3),1": two tasks on each of three nodes, then one
         counts = re.sub(
             r"(\d+)\(x(\d+)\)",
             lambda found: ",".join([found[1]] * int(found[2])),
             env.get("SLURM_STEP_TASKS_PER_NODE", str(world)),
         ).split(",")
-        here = int(counts[int(env.get("SLURM_NODEID", 0))])
-        return Ranks(number, world, int(env["SLURM_LOCALID"]), here)
+        node = _number("SLURM_NODEID") if "SLURM_NODEID" in env else 0
+        if node >= len(counts) or not counts[node].isdecimal():
+            raise ConfigError(
+                f"SLURM_NODEID is {node}, and SLURM_STEP_TASKS_PER_NODE "
+                f"({env.get('SLURM_STEP_TASKS_PER_NODE')!r}) has no such node; {_MEND}"
+            )
+        place = Ranks(number, world, _number("SLURM_LOCALID"), int(counts[node]))
+        return _checked(place, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return Ranks(0, 1, 0, 1)
+
+
+_MEND = "leave these variables to one launcher (torchrun, deepspeed, mpirun, srun), or unset them"
+
+
+def _number(name: str) -> int:
+    """Return a variable of a launcher's, a whole number from 0 up."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r}; allowed: a whole number from 0 up; {_MEND}")
+    return int(text)
+
+
+def _checked(ranks: Ranks, rank: str, size: str, local_rank: str) -> Ranks:
+    """Return a place, after comparing what the variables of these names said."""
+    if ranks.rank >= ranks.world_size:
+        raise ConfigError(
+            f"{rank} is {ranks.rank}, and {size} is {ranks.world_size}; allowed: ranks from 0 to "
+            f"{size} - 1; {_MEND}"
+        )
+    if not ranks.local_rank < ranks.local_world_size <= ranks.world_size:
+        raise ConfigError(
+            f"{local_rank} is {ranks.local_rank} of {ranks.local_world_size} rank(s) on this node, "
+            f"and {size} is {ranks.world_size}; allowed: local ranks below the node's number of "
+            f"ranks, and no more of these than ranks; {_MEND}"
+        )
+    return ranks
 
 
 def join(ranks: Ranks) -> None:

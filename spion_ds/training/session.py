@@ -98,9 +98,7 @@ def train(options: TrainOptions, request: StopRequest | None = None) -> None:
                     f"some ranks see a checkpoint to go on from and some do not; {options.run_dir} "
                     "must be a folder that all nodes share; if it is, start again"
                 )
-            if options.resume == AUTO and agreement.from_first(
-                lambda: _finished(checkpoint, config)
-            ):
+            if agreement.from_first(lambda: _finished(options, checkpoint, config)):
                 return
             agreement.together(lambda: rehearse(config.resolved))
             resume = None if checkpoint is None else _verify(options, config, ranks, agreement)

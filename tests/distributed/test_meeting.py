@@ -88,7 +88,7 @@ def test_different_errors_are_printed_in_one_sentence(tmp_path: Path) -> None:
         raise ConfigError("no file" if rank else "no folder")
 
     _, errors = launched(work, 3, tmp_path / "log")
-    assert errors == ["error: on rank 0: no folder; on rank 1, 2: no file"]
+    assert errors == ["error: no folder; on rank 1, 2: no file"]
 
 
 def test_ranks_without_an_error_go_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from spion_ds.distributed import process_group as ranks
-from spion_ds.distributed.ending import run_command
+from spion_ds.distributed.ending import USER_ERROR_EXIT, run_command
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import ConfigError
@@ -62,6 +62,33 @@ def test_without_a_launcher_a_process_is_alone(
 ) -> None:
     set_all(monkeypatch, environment)
     assert discover_ranks() == Ranks(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({**TORCHRUN, "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; allowed: a whole number"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK is '-1'"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK is 8, and WORLD_SIZE is 8"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "LOCAL_RANK is 4 of 4 rank"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "LOCAL_RANK is 1 of 9 rank"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "RANK is 5, and WORLD_SIZE is 0"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": ""}, "OMPI_COMM_WORLD_RANK is ''"),
+        ({**SLURM, "SLURM_NODEID": "2"}, "SLURM_NODEID is 2, and SLURM_STEP_TASKS_PER_NODE"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
+def test_a_place_that_cannot_be_is_one_sentence(
+    change: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_all(monkeypatch, change)
+    assert run_command(discover_ranks) == USER_ERROR_EXIT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert len(error.splitlines()) == 1
 
 
 def test_srun_without_an_address_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
