@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from spion_ds.data.baselines import majority_baseline
@@ -317,7 +318,8 @@ def _introduce(config: RunConfig, folder: Path, ranks: Ranks, resume: Resume | N
     batches = config.batches
     print(text)
     print(
-        f"{ranks.world_size} rank(s) on {ranks.device.type}; a step is {batches.total} samples = "
+        f"{ranks.world_size} rank(s) on {ranks.device.type}, {torch.get_num_threads()} thread(s) "
+        f"each; a step is {batches.total} samples = "
         f"{ranks.world_size} rank(s) × {batches.accumulation} accumulation step(s) × "
         f"micro-batch {batches.micro}"
     )
@@ -380,4 +382,5 @@ def _summary(
         "test_accuracy": test.accuracy,
         "baselines": get_task(config.task).baselines(dataset.train, dataset.test),
         "batches": dataclasses.asdict(config.batches),
+        "threads": torch.get_num_threads(),
     }
