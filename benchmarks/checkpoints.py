@@ -23,10 +23,11 @@ from unittest import mock
 import torch
 from timing import machine_lines
 
+from spion_ds.distributed.ending import run_command
 from spion_ds.distributed.process_group import discover_ranks, end_process
 from spion_ds.training.config.recipe_files import read_recipe
 from spion_ds.training.config.run import build_run_config
-from spion_ds.training.session import TrainOptions, run_command, train
+from spion_ds.training.session import TrainOptions, train
 from spion_ds.training.trainer import Trainer
 
 SHORT = [

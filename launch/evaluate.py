@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from spion_ds.distributed.ending import run_command
 from spion_ds.distributed.process_group import end_process
 from spion_ds.inference.commands import PRECISIONS, EvaluateOptions, run_evaluate
-from spion_ds.training.session import run_command
 
 
 def main() -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from spion_ds.distributed.ending import run_command
 from spion_ds.training.config.recipe_files import attention_names
 from spion_ds.training.reports.reproduction import ReproduceOptions, read_plan, reproduce
-from spion_ds.training.session import run_command
 
 
 def main() -> int:

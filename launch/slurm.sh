@@ -24,7 +24,8 @@ srun --kill-on-bad-exit=0 python launch/train.py \
 code=$?
 
 # 75: stopped by the signal, with a checkpoint: go on. 2: an error to mend. Else a rank was lost
-# (3, or the number of what killed it): go on, but not for ever.
+# (3, or the number of what killed it) or the signal came before there was a checkpoint (138): go
+# on, but not for ever.
 restarts=${SLURM_RESTART_COUNT:-0}
 if [ "$code" -eq 75 ] || { [ "$code" -gt 2 ] && [ "$restarts" -lt 5 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"

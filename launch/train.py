@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from spion_ds.distributed.process_group import end_process
-from spion_ds.training.config.recipe_files import attention_names, recipe_names
-from spion_ds.training.session import DEFAULT_RECIPE, TrainOptions, run_command, train
+from spion_ds.distributed.standard_streams import mend_streams
+from spion_ds.distributed.stopping import StopRequest
 
 
 def main() -> int:
     """Parse the command line and train; return the exit code."""
+    mend_streams()
+    with StopRequest() as request:  # before the imports, which take seconds
+        from spion_ds.distributed.ending import run_command
+        from spion_ds.training.session import TrainOptions, train
+
+        options = TrainOptions(**parse())
+        return run_command(lambda: train(options, request))
+
+
+def parse() -> dict[str, Any]:
+    """Return what the command line says, as TrainOptions takes it."""
+    from spion_ds.training.config.recipe_files import attention_names, recipe_names
+    from spion_ds.training.session import DEFAULT_RECIPE
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--recipe",
@@ -47,8 +61,11 @@ def main() -> int:
     # Options and overrides may be mixed in any order.
     given = vars(parser.parse_intermixed_args())
     del given["local_rank"]
-    return run_command(lambda: train(TrainOptions(**given)))
+    return given
 
 
 if __name__ == "__main__":
-    end_process(main())
+    code = main()
+    from spion_ds.distributed.process_group import end_process
+
+    end_process(code)

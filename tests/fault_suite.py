@@ -8,6 +8,9 @@ code 3 and name it, without a traceback. Then new processes go on with --resume 
 masks, evaluations and test accuracy must be, bit for bit, those of the same ranks and stage
 undisturbed, and no more steps are taken again than lie between two checkpoints.
 
+In some cases nobody is killed, or the launcher alone, and other processes start on the run while it
+trains. They must end with exit code 2 and one sentence, and the run must be the undisturbed one.
+
 Ranks are forked from a process that has imported everything, which costs a quarter of starting
 Python anew; from there on they do what launch/train.py does. The cases run side by side, --jobs at
 a time.
@@ -28,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -70,6 +74,7 @@ PLACES = {
 # These happen on rank 0 alone.
 FIRST_RANK_ONLY = ("checkpoint write", "checkpoint rename", "checkpoint removal")
 ANY_TIME = "any time"
+SECOND, ORPHANS = "second start", "second start after the launcher's death"
 # Below the ports that the kernel gives away: nobody else gets one between two starts.
 FIRST_PORT, LAST_PORT = 15000, 32000
 
@@ -90,14 +95,22 @@ class Case:
         return f"kill{self.number:03d}"
 
     @property
+    def has_second(self) -> bool:
+        """Whether a second start on the run takes the place of a killed rank."""
+        return self.place in (SECOND, ORPHANS)
+
+    @property
     def fault(self) -> dict[str, Any] | None:
-        if self.place == ANY_TIME:
+        if self.place not in PLACES:
             return None
         return {"kind": "kill", "place": PLACES[self.place][0], "rank": self.rank, "at": self.at}
 
     def __str__(self) -> str:
-        when = f"{self.at:.0%} of its time" if self.place == ANY_TIME else f"{self.place} {self.at}"
-        return f"{self.name}: rank {self.rank} of {self.ranks}, ZeRO {self.stage}, {when}"
+        when = f"{self.place} {self.at}"
+        if self.place not in PLACES:
+            when = f"{self.place}, at {self.at:.0%} of the run's time"
+        who = f"{self.ranks} ranks" if self.has_second else f"rank {self.rank} of {self.ranks}"
+        return f"{self.name}: {who}, ZeRO {self.stage}, {when}"
 
 
 @dataclass
@@ -105,7 +118,7 @@ class Outcome:
     """What was seen of a case.
 
     Attributes:
-        killed: whether the kill came before the rank had ended.
+        killed: whether the kill, or the second start, came before the rank had ended.
         codes: exit codes of all ranks.
         ended_seconds: from the kill to the end of the last rank.
         reached: the last step that was logged.
@@ -127,10 +140,10 @@ class Outcome:
 
 def draw(generator: random.Random, number: int) -> Case:
     """Return a random case."""
-    place = generator.choice([*PLACES, ANY_TIME])
+    place = generator.choice([*PLACES, ANY_TIME, SECOND, ORPHANS])
     ranks, stage = generator.choice(RANKS), generator.choice(STAGES)
     rank = 0 if place in FIRST_RANK_ONLY else generator.randrange(ranks)
-    at = generator.random() if place == ANY_TIME else generator.choice(PLACES[place][1])
+    at = generator.choice(PLACES[place][1]) if place in PLACES else generator.random()
     return Case(number, ranks, stage, place, rank, at)
 
 
@@ -238,6 +251,48 @@ def run_case(folder: Path, case: Case, whole_seconds: float) -> Outcome:
     return outcome
 
 
+def launch_ranks(pipe: Connection, *arguments: Any, **values: Any) -> None:
+    """Be a launcher: start ranks, which inherit ``pipe``, and wait for them."""
+    end(start(*arguments, **values))
+
+
+def run_second(folder: Path, case: Case, whole_seconds: float) -> Outcome:
+    """Start ranks on a run that others train, and compare what it became."""
+    began = time.monotonic()
+    values = run_name_values(case.name, case.stage)
+    port = FIRST_PORT + 2 * case.number % (LAST_PORT - FIRST_PORT)
+    run, fork = folder / "runs" / case.name, multiprocessing.get_context("fork")
+    ended, theirs = fork.Pipe(duplex=False)
+    arguments = (theirs, folder, case.name, case.ranks, port)
+    launcher = fork.Process(target=launch_ranks, args=arguments, kwargs=values)
+    launcher.start()
+    theirs.close()
+    wait_for_run(run, launcher)
+    time.sleep(case.at * whole_seconds)
+    if case.place == ORPHANS:
+        launcher.kill()
+    started = time.monotonic()
+    codes = end(start(folder, f"{case.name}-second", case.ranks, port + 1, **values))
+    seconds = time.monotonic() - started
+    ended.poll(LIMIT_SECONDS)  # until all first ranks have closed their end
+    launcher.join()
+    log = (folder / f"{case.name}-second.log").read_text()
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    # Where the first had finished, the second finds nothing to do.
+    refused = codes != [0] * case.ranks
+    outcome = Outcome(refused, codes, seconds, 0, 0, errors[0] if errors else "")
+    if refused and codes != [2] * case.ranks:
+        outcome.wrong.append(f"exit codes {codes}")
+    if refused and [f"the run {run} is being trained by" in error for error in errors] != [True]:
+        outcome.wrong.append(f"said {errors}")
+    for text in (log, (folder / f"{case.name}.log").read_text()):
+        if "Traceback" in text:
+            outcome.wrong.append(f"a traceback:\n{text[-3000:]}")
+    outcome.wrong += differences(run, folder / "runs" / f"whole{case.ranks}-{case.stage}")
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
 def see(folder: Path, case: Case, codes: list[int | None], ended_seconds: float) -> Outcome:
     """Return what a killed rank left, and what is wrong about it."""
     run, log = folder / "runs" / case.name, (folder / f"{case.name}.log").read_text()
@@ -294,7 +349,12 @@ def run_all(
         while (missing := kills - sum(outcome.killed for _, outcome in done)) > 0:
             cases = [draw(generator, len(done) + number) for number in range(missing)]
             results = [
-                pool.submit(run_case, folder, case, seconds[case.ranks, case.stage])
+                pool.submit(
+                    run_second if case.has_second else run_case,
+                    folder,
+                    case,
+                    seconds[case.ranks, case.stage],
+                )
                 for case in cases
             ]
             for case, result in zip(cases, results, strict=True):
@@ -309,19 +369,24 @@ def run_all(
 
 def line(case: Case, outcome: Outcome) -> str:
     """Return a case in one line, and more only of one that went wrong."""
-    text = f"{case}: " + (
-        f"after step {outcome.reached}; the others ended in {outcome.ended_seconds:.1f} s, "
-        f"{outcome.lost} step(s) taken again; {outcome.error[:100]}"
-        if outcome.killed
-        else "had ended before the kill"
-    )
+    if not outcome.killed:
+        text = f"{case}: had ended before the fault"
+    elif case.has_second:
+        text = f"{case}: refused in {outcome.ended_seconds:.1f} s; {outcome.error[:100]}"
+    else:
+        text = (
+            f"{case}: after step {outcome.reached}; the others ended in "
+            f"{outcome.ended_seconds:.1f} s, {outcome.lost} step(s) taken again; "
+            f"{outcome.error[:100]}"
+        )
     verdict = "NOT AS PROMISED: " + "; ".join(outcome.wrong) if outcome.wrong else "as promised"
     return f"{text} [{outcome.seconds:.0f} s] {verdict}"
 
 
 def table(done: list[tuple[Case, Outcome]]) -> list[str]:
     """Return the summary: what was injected where, what was lost, how the others ended."""
-    killed = [pair for pair in done if pair[1].killed]
+    killed = [pair for pair in done if pair[1].killed and not pair[0].has_second]
+    seconds = [pair for pair in done if pair[1].killed and pair[0].has_second]
     bad = [pair for pair in done if pair[1].wrong]
     lines = ["| killed in | kills | of rank 0 | steps taken again | others ended within |"]
     lines.append("| --- | --- | --- | --- | --- |")
@@ -347,6 +412,9 @@ def table(done: list[tuple[Case, Outcome]]) -> list[str]:
         + ", ".join(f"{count} of {n} ranks" for n, count in sorted(ranks.items()))
         + "; "
         + ", ".join(f"{count} at ZeRO {stage}" for stage, count in sorted(stages.items())),
+        f"{len(seconds)} second starts on a run that trained, "
+        f"{sum(case.place == ORPHANS for case, _ in seconds)} of them after its launcher was "
+        f"killed; exit codes {dict(Counter(code for _, o in seconds for code in o.codes))}",
         f"exit codes of the others (3: another rank was lost): {dict(codes)}",
         f"steps taken again: {sum(outcome.lost for _, outcome in killed)} in all, at most "
         f"{max((outcome.lost for _, outcome in killed), default=0)} a kill; a checkpoint every "

@@ -21,7 +21,9 @@ T = TypeVar("T")
 # Long enough for one rank to generate the data of a task while the others wait.
 TIMEOUT = datetime.timedelta(hours=2)
 # Between the start of the first rank and of the last: nodes that read Python from a slow disk.
-_MEETING_TIMEOUT = datetime.timedelta(minutes=15)
+MEETING_TIMEOUT = datetime.timedelta(minutes=15)
+# The store where the ranks met: rank 0 serves it for as long as this holds it.
+_met: list[Any] = []
 
 
 class MissingRankError(SpionError, RuntimeError):
@@ -62,36 +64,72 @@ def discover_ranks() -> Ranks:
 
     torchrun and the deepspeed launcher set RANK and WORLD_SIZE; Open MPI's and MPICH's mpirun
     and Slurm's srun set their own variables; without any, the process is alone.
+
+    Raises:
+        ConfigError: a variable is no whole number, or they contradict one another.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world)))
-        return Ranks(int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), local_world)
-    for size, rank, local_size, local_rank in (
+    for rank, size, local_rank, local_sizes in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
         (
-            "OMPI_COMM_WORLD_SIZE",
             "OMPI_COMM_WORLD_RANK",
-            "OMPI_COMM_WORLD_LOCAL_SIZE",
+            "OMPI_COMM_WORLD_SIZE",
             "OMPI_COMM_WORLD_LOCAL_RANK",
+            ("OMPI_COMM_WORLD_LOCAL_SIZE",),
         ),
-        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
     ):
-        if size in env:
-            world, number = int(env[size]), int(env[rank])
-            local_world = int(env.get(local_size, world))
-            return Ranks(number, world, int(env.get(local_rank, number)), local_world)
+        if rank in env and size in env:
+            world, number = _number(size), _number(rank)
+            local_size = next((name for name in local_sizes if name in env), None)
+            local_world = world if local_size is None else _number(local_size)
+            alone = 0 if rank == "RANK" else number
+            local = _number(local_rank) if local_rank in env else alone
+            return _checked(Ranks(number, world, local, local_world), rank, size, local_rank)
     if "SLURM_STEP_NUM_TASKS" in env:  # under srun, not in a batch script itself
-        world, number = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_PROCID"])
+        world, number = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_PROCID")
         # "2(x3),1": two tasks on each of three nodes, then one
         counts = re.sub(
             r"(\d+)\(x(\d+)\)",
             lambda found: ",".join([found[1]] * int(found[2])),
             env.get("SLURM_STEP_TASKS_PER_NODE", str(world)),
         ).split(",")
-        here = int(counts[int(env.get("SLURM_NODEID", 0))])
-        return Ranks(number, world, int(env["SLURM_LOCALID"]), here)
+        node = _number("SLURM_NODEID") if "SLURM_NODEID" in env else 0
+        if node >= len(counts) or not counts[node].isdecimal():
+            raise ConfigError(
+                f"SLURM_NODEID is {node}, and SLURM_STEP_TASKS_PER_NODE "
+                f"({env.get('SLURM_STEP_TASKS_PER_NODE')!r}) has no such node; {_MEND}"
+            )
+        place = Ranks(number, world, _number("SLURM_LOCALID"), int(counts[node]))
+        return _checked(place, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return Ranks(0, 1, 0, 1)
+
+
+_MEND = "leave these variables to one launcher (torchrun, deepspeed, mpirun, srun), or unset them"
+
+
+def _number(name: str) -> int:
+    """Return a variable of a launcher's, a whole number from 0 up."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r}; allowed: a whole number from 0 up; {_MEND}")
+    return int(text)
+
+
+def _checked(ranks: Ranks, rank: str, size: str, local_rank: str) -> Ranks:
+    """Return a place, after comparing what the variables of these names said."""
+    if ranks.rank >= ranks.world_size:
+        raise ConfigError(
+            f"{rank} is {ranks.rank}, and {size} is {ranks.world_size}; allowed: ranks from 0 to "
+            f"{size} - 1; {_MEND}"
+        )
+    if not ranks.local_rank < ranks.local_world_size <= ranks.world_size:
+        raise ConfigError(
+            f"{local_rank} is {ranks.local_rank} of {ranks.local_world_size} rank(s) on this node, "
+            f"and {size} is {ranks.world_size}; allowed: local ranks below the node's number of "
+            f"ranks, and no more of these than ranks; {_MEND}"
+        )
+    return ranks
 
 
 def join(ranks: Ranks) -> None:
@@ -103,14 +141,9 @@ def join(ranks: Ranks) -> None:
     """
     if dist.is_initialized():
         return
+    check_devices(ranks)
+    meet(ranks)
     gpus = torch.cuda.device_count()
-    if gpus and ranks.local_world_size > gpus:
-        raise ConfigError(
-            f"{ranks.local_world_size} ranks were started on a node with {gpus} GPUs, and ranks "
-            f"cannot share one; start {gpus} (or hide the GPUs with CUDA_VISIBLE_DEVICES= to "
-            "train on the CPU)"
-        )
-    _set_rendezvous(ranks)
     if not gpus and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // ranks.local_world_size))
@@ -118,7 +151,6 @@ def join(ranks: Ranks) -> None:
     if gpus:
         torch.cuda.set_device(ranks.local_rank)
     backend = "nccl" if gpus else "gloo"
-    meeting = None if "TORCHELASTIC_RUN_ID" in os.environ else _meet(ranks)  # torchrun has met
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         _start_again(ranks, backend)  # DeepSpeed takes a group that is there
     deepspeed.init_distributed(
@@ -129,21 +161,59 @@ def join(ranks: Ranks) -> None:
         world_size=ranks.world_size,
         verbose=False,
     )
-    del meeting  # its store is rank 0's, which the process group shares
 
 
-def _meet(ranks: Ranks) -> Any:
-    """Wait for all ranks, not as long as they later wait for one another; return the store."""
-    timeout = _MEETING_TIMEOUT
-    try:
-        return next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise MissingRankError(
-            f"rank {ranks.rank} did not meet the other {ranks.world_size - 1} at {place} within "
-            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); MASTER_ADDR must be "
-            "the host of rank 0, MASTER_PORT a port that is free there, and all ranks must start"
-        ) from error
+def check_devices(ranks: Ranks) -> None:
+    """Raise ConfigError if there are more ranks on this node than GPUs, and there are GPUs."""
+    gpus = torch.cuda.device_count()
+    if gpus and ranks.local_world_size > gpus:
+        raise ConfigError(
+            f"{ranks.local_world_size} ranks were started on a node with {gpus} GPUs, and ranks "
+            f"cannot share one; start {gpus} (or hide the GPUs with CUDA_VISIBLE_DEVICES= to "
+            "train on the CPU)"
+        )
+
+
+def meet(ranks: Ranks, timeout: datetime.timedelta | None = None) -> Any:
+    """Wait for all ranks, before there is a process group, and return a store that they share.
+
+    Args:
+        ranks: this process among all.
+        timeout: how long to wait for the others, by default a quarter of an hour; later they wait
+            for one another as long as it takes.
+
+    Raises:
+        ConfigError: nobody says where to meet.
+        MissingRankError: the others did not come.
+    """
+    if not _met:
+        _set_rendezvous(ranks)
+        timeout = timeout or MEETING_TIMEOUT
+        try:
+            store, *_ = next(
+                dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            raise missing(ranks, timeout, str(error).splitlines()[0]) from error
+        # torchrun may keep its store for all its attempts.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _met.append(dist.PrefixStore(f"spion_ds/attempt{attempt}", store))
+    return _met[0]
+
+
+def store() -> Any:
+    """Return the store where the ranks met, None where they have not."""
+    return _met[0] if _met else None
+
+
+def missing(ranks: Ranks, timeout: datetime.timedelta, reason: str) -> MissingRankError:
+    """Return the error of a rank that waited in vain."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return MissingRankError(
+        f"rank {ranks.rank} did not meet the other {ranks.world_size - 1} at {place} within "
+        f"{timeout.total_seconds():g} s ({reason}); MASTER_ADDR must be the host of rank 0, "
+        "MASTER_PORT a port that is free there, and all ranks must start"
+    )
 
 
 def _start_again(ranks: Ranks, backend: str) -> None:
@@ -182,6 +252,7 @@ def import_deepspeed() -> Any:
 
 def leave() -> None:
     """End the process group; safe to call when there is none."""
+    _met.clear()
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
@@ -203,13 +274,16 @@ def end_process(code: int) -> NoReturn:
 def _set_rendezvous(ranks: Ranks) -> None:
     """Fill in what the launcher left out of the environment: ranks, address and port."""
     env = os.environ
-    if "SLURM_STEP_NUM_TASKS" in env and ranks.world_size > 1 and "MASTER_ADDR" not in env:
-        raise ConfigError(
-            "srun started this run, and MASTER_ADDR and MASTER_PORT are not set; export them as "
-            "launch/slurm.sh does: the first node's name and a free port"
-        )
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-        address = ("127.0.0.1", _free_port()) if ranks.world_size == 1 else _agree_through_mpi()
+        if ranks.world_size == 1:
+            address = ("127.0.0.1", _free_port())
+        elif "OMPI_COMM_WORLD_SIZE" in env or "PMI_SIZE" in env:
+            address = _agree_through_mpi()
+        else:
+            raise ConfigError(
+                f"{ranks.world_size} ranks were started, and MASTER_ADDR and MASTER_PORT are not "
+                "set; export them as launch/slurm.sh does: the first node's name and a free port"
+            )
         env.setdefault("MASTER_ADDR", address[0])
         env.setdefault("MASTER_PORT", str(address[1]))
     env.setdefault("RANK", str(ranks.rank))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,28 @@ from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.storage.cache import Dataset
 from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
-from spion_ds.distributed.heartbeat import LOST_RANK_EXIT, LostRankError, Watch, speaks
-from spion_ds.distributed.process_group import MissingRankError, Ranks, discover_ranks, join, leave
+from spion_ds.distributed.ending import of_the_machine
+from spion_ds.distributed.heartbeat import Watch
+from spion_ds.distributed.meeting import prepare_together
+from spion_ds.distributed.process_group import Ranks, check_devices, discover_ranks, join
 from spion_ds.distributed.stopping import Stopped, StopRequest
 from spion_ds.errors import CheckpointError, ConfigError, SpionError
 from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoints.checkpoint import check_harmless, load_state
-from spion_ds.training.checkpoints.files import find_checkpoint, has_checkpoint
+from spion_ds.training.checkpoints.files import find_checkpoint, has_checkpoint, is_checkpoint
 from spion_ds.training.checkpoints.resuming import Resume, check_switch_state, plan_resume
-from spion_ds.training.config.deepspeed import check_with_deepspeed
+from spion_ds.training.config.deepspeed import check_with_deepspeed, rehearse
 from spion_ds.training.config.map_memory import check_map_memory
 from spion_ds.training.config.recipe_files import read_deepspeed_json, read_recipe
 from spion_ds.training.config.run import RunConfig, build_run_config
 from spion_ds.training.config.strict_files import read_yaml
 from spion_ds.training.reports.run_log import seconds_per_step
 from spion_ds.training.reports.summary import summary_table
+from spion_ds.training.run_folder import RunLock, continue_folder, new_folder, write_whole
 from spion_ds.training.step.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.trainer import Trainer
 
 DEFAULT_RECIPE = "listops_small"
-USER_ERROR_EXIT = 2
-# sysexits.h's EX_TEMPFAIL, "try again later": what a Slurm job is requeued on.
-STOPPED_EXIT = 75
 AUTO = "auto"
 
 
@@ -74,94 +73,100 @@ class TrainOptions:
     stop_at: int | None = None
 
 
-def run_command(command: Callable[[], object]) -> int:
-    """Run a command; print a SpionError as one line, on rank 0 alone; return the exit code.
-
-    What the machine could not give (files, memory) is said by the rank that met it.
-
-    The codes: 0 done, 2 an error to mend, 3 another rank was lost, 75 stopped by a signal with a
-    checkpoint.
-    """
-    try:
-        command()
-    except Stopped:
-        return STOPPED_EXIT
-    except SpionError as error:
-        alone = isinstance(error, MissingRankError)  # nobody else may be there to say it
-        lost = alone or isinstance(error, LostRankError)
-        speaking = alone or (lost and speaks(discover_ranks(), str(error)))
-        if discover_ranks().is_first or speaking:
-            line = "\n" if lost else ""  # a progress bar may stand on this one
-            print(f"{line}error: {error}", file=sys.stderr, flush=True)
-        return LOST_RANK_EXIT if lost else USER_ERROR_EXIT
-    except (OSError, MemoryError, RuntimeError) as error:
-        told = _of_the_machine(error)
-        if told is None:
-            raise
-        print(f"\nerror: {told}", file=sys.stderr, flush=True)
-        return USER_ERROR_EXIT
-    finally:
-        leave()
-    return 0
-
-
-def _of_the_machine(error: Exception) -> str | None:
-    """Return a sentence for an error that the machine's limits explain, None for any other."""
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename is not None else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; make room, and go on with --resume, from the last checkpoint" if full else ""
-        return f"{where}{error.strerror or error}{advice}"
-    # PyTorch has no type of its own for a CPU that is out of memory.
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if memory or "can't allocate memory" in str(error):
-        return (
-            f"rank {discover_ranks().rank} is out of memory "
-            f"({(str(error) or 'RAM').splitlines()[0]}); set a smaller "
-            "training.micro_batch_size, model.activation_checkpointing=true or offload with ZeRO"
-        )
-    return None
-
-
-def train(options: TrainOptions) -> None:
+def train(options: TrainOptions, request: StopRequest | None = None) -> None:
     """Train as ``options`` say, on this rank; every launcher calls it once a rank.
+
+    Args:
+        options: what to do.
+        request: notes signals already; None for one of its own.
 
     Raises:
         SpionError: before training starts and before any file is written, for every mistake
             that can be seen by then; later, if training cannot go on.
         Stopped: a signal ended the run.
     """
-    ranks = discover_ranks()
-    checkpoint = _checkpoint_to_resume(options)
-    config = _configure(options, checkpoint, ranks)
-    get_task(config.task).check_source(config.data)
-
-    join(ranks)
-    agreement = Agreement()
-    timeout = config.training.rank_timeout_seconds
-    with StopRequest() as request, Watch(ranks, agreement, timeout) as watch:
-        resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
-        dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
-        agreement.from_first(lambda: check_samples(config, dataset))
-        if config.switches:
-            majority = majority_baseline(dataset.train, dataset.validation)
-            config.transition.check_gain(majority)
-        if ranks.is_first and config.switches:
-            _compile_operators(ranks)
-        folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint))
-        if ranks.is_first:
-            _introduce(config, folder, ranks, resume)
-        trainer = Trainer(config, dataset, ranks, agreement, watch, request, folder, resume)
-        try:
-            finished = trainer.train(options.stop_at)
-            if finished:
-                _sum_up(trainer, config, dataset, ranks, folder)
-            elif ranks.is_first:
-                print(f"stopped at step {trainer.state.step}; go on with --resume {folder}")
-        finally:
-            trainer.log.close()
+    stopping = StopRequest() if request is None else contextlib.nullcontext(request)
+    with stopping as request, RunLock() as lock:
+        ranks = discover_ranks()
+        checkpoint, config = prepare_together(
+            ranks, lambda: _prepare(options, ranks, lock, request)
+        )
+        join(ranks)
+        agreement = Agreement()
+        with Watch(ranks, agreement, config.training.rank_timeout_seconds) as watch:
+            if agreement.differing(checkpoint is None):
+                raise ConfigError(
+                    f"some ranks see a checkpoint to go on from and some do not; {options.run_dir} "
+                    "must be a folder that all nodes share; if it is, start again"
+                )
+            if agreement.from_first(lambda: _finished(options, checkpoint, config)):
+                return
+            agreement.together(lambda: rehearse(config.resolved))
+            resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
+            dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
+            agreement.from_first(lambda: check_samples(config, dataset))
+            if config.switches:
+                majority = majority_baseline(dataset.train, dataset.validation)
+                config.transition.check_gain(majority)
+            if ranks.is_first and config.switches:
+                _compile_operators(ranks)
+            folder = agreement.from_first(lambda: _run_folder(options, config, checkpoint, lock))
+            if ranks.is_first:
+                _introduce(config, folder, ranks, resume)
+            trainer = Trainer(config, dataset, ranks, agreement, watch, request, folder, resume)
+            try:
+                finished = trainer.train(options.stop_at)
+                if finished:
+                    _sum_up(trainer, config, dataset, ranks, folder)
+                elif ranks.is_first:
+                    print(f"stopped at step {trainer.state.step}; go on with --resume {folder}")
+            finally:
+                trainer.log.close()
     if trainer.stopped_by_signal and not finished:
         raise Stopped
+
+
+def _prepare(
+    options: TrainOptions, ranks: Ranks, lock: RunLock, request: StopRequest
+) -> tuple[Path | None, RunConfig]:
+    """Return the checkpoint to go on from and the configuration, checked on this rank alone."""
+    try:
+        if ranks.is_first:
+            _take_resumed(options, lock)
+        checkpoint = _checkpoint_to_resume(options)
+        request.end_at_once(has_checkpoint=checkpoint is not None)
+        config = _configure(options, checkpoint, ranks)
+        get_task(config.task).check_source(config.data)
+        check_devices(ranks)
+    except (OSError, MemoryError) as error:
+        raise SpionError(of_the_machine(error)) from error
+    return checkpoint, config
+
+
+def _take_resumed(options: TrainOptions, lock: RunLock) -> None:
+    """Take the folder of a run to go on with, where there is one, before anything is read there."""
+    if options.resume is None:
+        return
+    place = _place_to_resume(options)
+    run = place.parent.parent if is_checkpoint(place) else place
+    if (run / "checkpoints").is_dir() or (options.resume == AUTO and run.is_dir()):
+        lock.take(run)
+
+
+def _finished(options: TrainOptions, checkpoint: Path | None, config: RunConfig) -> bool:
+    """Return whether ``--resume auto`` has nothing left to do; print the run's summary then."""
+    if options.resume != AUTO or checkpoint is None:
+        return False
+    step, folder = load_state(checkpoint)[0].step, checkpoint.parent.parent
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summed_up = sum(summary[phase]["steps"] for phase in ("dense", "sparse"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # it was killed after its last step
+    if step < config.training.steps or summed_up != step:
+        return False
+    print(f"{summary_table(summary)}\n\nrun folder: {folder}, finished before", flush=True)
+    return True
 
 
 def check_samples(config: RunConfig, dataset: Dataset) -> None:
@@ -248,11 +253,16 @@ def _checkpoint_to_resume(
     """Return the checkpoint that ``--resume`` means, None to start."""
     if options.resume is None:
         return None
-    named = options.resume not in ("", AUTO)
-    place = Path(options.resume) if named else options.run_dir / _run_name(options)
+    place = _place_to_resume(options)
     if options.resume == AUTO and not has_checkpoint(place):
         return None
     return find_checkpoint(place, checksums=checksums, passed_over=passed_over)
+
+
+def _place_to_resume(options: TrainOptions) -> Path:
+    if options.resume in (None, "", AUTO):
+        return options.run_dir / _run_name(options)
+    return Path(options.resume)
 
 
 def _run_name(options: TrainOptions) -> str:
@@ -288,40 +298,28 @@ def saved_recipe(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _run_folder(options: TrainOptions, config: RunConfig, checkpoint: Path | None) -> Path:
-    """Return the run's folder: the resumed run's, or a new one that no run had."""
+def _run_folder(
+    options: TrainOptions, config: RunConfig, checkpoint: Path | None, lock: RunLock
+) -> Path:
+    """Return the run's folder: the resumed run's, or a new one that no run had; taken."""
     if checkpoint is not None:
-        return checkpoint.parent.parent
-    name = options.run_name or config.recipe
+        return checkpoint.parent.parent  # taken before it was read
     if options.resume == AUTO:
-        folder = options.run_dir / _run_name(options)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    options.run_dir.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = options.run_dir / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if options.if_taken == "error":
-                raise ConfigError(
-                    f"the run {folder} exists; give another --run_name, go on with --resume, or "
-                    "use --if_taken suffix"
-                ) from None
-            number += 1
+        return continue_folder(options.run_dir / _run_name(options), lock)
+    name = options.run_name or config.recipe
+    return new_folder(options.run_dir, name, options.if_taken, lock)
 
 
 def _introduce(config: RunConfig, folder: Path, ranks: Ranks, resume: Resume | None) -> None:
     """Print the run configuration and save it with the run."""
     text = yaml.safe_dump(config.to_mapping(), sort_keys=False)
-    _write(folder / "config.yaml", text)
-    _write(folder / "ds_config.json", json.dumps(config.resolved, indent=2) + "\n")
+    write_whole(folder / "config.yaml", text)
+    write_whole(folder / "ds_config.json", json.dumps(config.resolved, indent=2) + "\n")
     batches = config.batches
     print(text)
     print(
-        f"{ranks.world_size} rank(s) on {ranks.device.type}; a step is {batches.total} samples = "
+        f"{ranks.world_size} rank(s) on {ranks.device.type}, {torch.get_num_threads()} thread(s) "
+        f"each; a step is {batches.total} samples = "
         f"{ranks.world_size} rank(s) × {batches.accumulation} accumulation step(s) × "
         f"micro-batch {batches.micro}"
     )
@@ -354,7 +352,7 @@ def _sum_up(
     table = summary_table(summary)
     trainer.log.text("summary", table)
     trainer.log.close()
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{table}\n\nrun folder: {folder}\nlook at it: tensorboard --logdir {folder.parent}")
 
 
@@ -384,10 +382,5 @@ def _summary(
         "test_accuracy": test.accuracy,
         "baselines": get_task(config.task).baselines(dataset.train, dataset.test),
         "batches": dataclasses.asdict(config.batches),
+        "threads": torch.get_num_threads(),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

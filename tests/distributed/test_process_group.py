@@ -8,10 +8,10 @@ import socket
 import pytest
 
 from spion_ds.distributed import process_group as ranks
+from spion_ds.distributed.ending import USER_ERROR_EXIT, run_command
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import ConfigError
-from spion_ds.training.session import run_command
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -64,6 +64,33 @@ def test_without_a_launcher_a_process_is_alone(
     assert discover_ranks() == Ranks(0, 1, 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({**TORCHRUN, "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'; allowed: a whole number"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK is '-1'"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK is 8, and WORLD_SIZE is 8"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "LOCAL_RANK is 4 of 4 rank"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "LOCAL_RANK is 1 of 9 rank"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "RANK is 5, and WORLD_SIZE is 0"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": ""}, "OMPI_COMM_WORLD_RANK is ''"),
+        ({**SLURM, "SLURM_NODEID": "2"}, "SLURM_NODEID is 2, and SLURM_STEP_TASKS_PER_NODE"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
+def test_a_place_that_cannot_be_is_one_sentence(
+    change: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_all(monkeypatch, change)
+    assert run_command(discover_ranks) == USER_ERROR_EXIT
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert len(error.splitlines()) == 1
+
+
 def test_srun_without_an_address_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, {**SLURM, "DS_ACCELERATOR": "cpu"})
     with pytest.raises(ConfigError, match=r"MASTER_ADDR.*launch/slurm\.sh"):
@@ -79,7 +106,7 @@ def test_a_rank_that_waits_in_vain_says_where(
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     set_all(monkeypatch, {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", **place})
-    monkeypatch.setattr(ranks, "_MEETING_TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(ranks, "MEETING_TIMEOUT", datetime.timedelta(seconds=1))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert run_command(lambda: join(Ranks(rank, 2, 0, 1))) == LOST_RANK_EXIT
     error = capsys.readouterr().err.strip()

@@ -23,13 +23,14 @@ from unittest import mock
 
 import torch
 
+from spion_ds.distributed.ending import run_command
 from spion_ds.distributed.process_group import discover_ranks, end_process, leave
 from spion_ds.distributed.stopping import Stopped
 from spion_ds.errors import SpionError
 from spion_ds.switching import dense_to_sparse, gathering
 from spion_ds.training import trainer
 from spion_ds.training.checkpoints import checkpoint
-from spion_ds.training.session import TrainOptions, run_command, train
+from spion_ds.training.session import TrainOptions, train
 from spion_ds.training.step import losses
 from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
 

@@ -17,7 +17,9 @@ from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoints.checkpoint import check_harmless
 from spion_ds.training.checkpoints.files import find_checkpoint, write_manifest
-from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch
+from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch, session
+
+FAULTY = Path(__file__).parent / "faulty.py"
 
 
 def run_script(script: str, *words: object) -> int:
@@ -212,6 +214,9 @@ def test_batch_that_does_not_divide_over_the_ranks(
         ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
         ({"steps_per_prnt": 5}, ["steps_per_prnt", "did you mean 'steps_per_print'"]),
         ({"gradient_clipping": "a"}, ["gradient_clipping is 'a'", "from 0 up"]),
+        ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0", "optimizer.clip_value=null"]),
+        ({"wandb": {"enabled": True}}, ["wandb is enabled", "cannot be imported"]),
+        ({"comet": {"enabled": True}}, ["comet is enabled", "cannot be imported"]),
         ({"optimizer": {"type": "AdamZ"}}, ["'AdamZ'", "'AdamW' or 'Adam'"]),
         ({"optimizer": {"type": "AdamW", "params": [1]}}, ["optimizer.params is [1]", "mapping"]),
         ({"fp16": "yes"}, ["fp16.enabled is 'yes'"]),
@@ -226,6 +231,32 @@ def test_deepspeed_configuration_mistakes(
 ) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(config))
     assert_refused(capsys, ["--recipe", TINY, "--ds_config", "ds.json"], *expected)
+
+
+@pytest.mark.ranks
+def test_what_deepspeed_stumbles_on_while_it_trains_is_refused_before_there_is_a_run(
+    tmp_path: Path,
+) -> None:
+    faults: list[tuple[dict[str, Any], str]] = [
+        ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "argument 'foo'"),
+        ({"steps_per_print": 0}, "% self.steps_per_print() == 0"),
+        ({"gradient_predivide_factor": 0}, "division by zero"),
+        ({"data_types": {"grad_accum_dtype": "fp99"}}, "'fp99' is not a valid DtypeEnum"),
+        ({"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": 9}}, "9 is not"),
+    ]
+    sessions = []
+    for number, (config, _) in enumerate(faults):
+        path = tmp_path / f"ds{number}.json"
+        path.write_text(json.dumps(config))
+        sessions.append(session(tmp_path, ds_config=str(path)))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(sessions))
+    launch([*command("python", 1), str(FAULTY), str(plan)], tmp_path)
+    endings = [json.loads(line) for line in plan.with_suffix(".0").read_text().splitlines()]
+    for ending, (_, expected) in zip(endings, faults, strict=True):
+        assert ending.startswith("ConfigError: DeepSpeed cannot train with its configuration: ")
+        assert expected in ending
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

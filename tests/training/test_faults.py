@@ -6,6 +6,7 @@ Several sessions run in one process group where the fault leaves the processes a
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,11 @@ def test_faults_that_all_ranks_survive(tmp_path: Path) -> None:
         {"run_name": "masks", "fault": masks},
         {"run_name": "map", "fault": nan_map},
         {"run_name": "skipmap", "fault": nan_map, "overrides": skip},
+        {"run_name": "stop", "resume": "auto", "recipe": tiny},
     ]
     found = endings(tmp_path, 2, sessions)
     whole, nan_stop, skipped, skips, disk, gone_on, stopped, resumed, other_masks = found[:9]
-    map_stop, map_skipped = found[9:]
+    map_stop, map_skipped, again = found[9:]
     runs = tmp_path / "runs"
 
     assert whole == gone_on == resumed == skipped == ["finished"] * 2
@@ -122,6 +124,11 @@ def test_faults_that_all_ranks_survive(tmp_path: Path) -> None:
     undisturbed = losses(runs / "whole")
     assert sorted(losses(runs / "stop")) == list(range(4, 13))
     assert all(losses(runs / "stop")[step] == undisturbed[step] for step in range(5, 13))
+
+    # Finished, it is left alone.
+    assert again == ["finished"] * 2
+    assert len(rows(runs / "stop", "test")) == 1
+    assert len(list((runs / "stop").glob("events.*"))) == 2
 
     for ending in other_masks:
         assert ending.startswith("TrainingError: step 6: the layouts of rank(s) 1 differ")
@@ -242,6 +249,32 @@ def test_the_newest_checkpoints_and_their_best_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step-000003"
     check_whole(tmp_path / "step-000003", checksums=True)
     assert (tmp_path / "step-000005").is_dir()
+
+
+def test_of_a_linked_checkpoint_the_link_alone_is_removed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for step in (1, 2, 3):
+        save(tmp_path / "r", step)
+    shutil.move(tmp_path / "r" / "step-000001", elsewhere)
+    (tmp_path / "r" / "step-000001").symlink_to(elsewhere)
+    prune_checkpoints(tmp_path / "r", keep=1)
+    assert [path.name for path in (tmp_path / "r").glob("step-*")] == ["step-000003"]
+    check_whole(elsewhere, checksums=True)
+
+
+def test_pruning_leaves_what_is_no_checkpoint_of_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "step-000001").write_text("a plain file")
+    (tmp_path / "step-000002-copy").mkdir()
+    (tmp_path / "step-000003").symlink_to("nowhere")
+    save(tmp_path, 4)
+    save(tmp_path, 5)
+    prune_checkpoints(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        "step-000001",
+        "step-000002-copy",
+        "step-000003",
+        "step-000005",
+    ]
 
 
 def test_a_rank_that_waits_for_a_hung_one_is_not_named_though_it_stopped_first() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from spion_ds.distributed.ending import USER_ERROR_EXIT, run_command
 from spion_ds.training.reports.run_log import RunLog
-from spion_ds.training.session import USER_ERROR_EXIT, run_command
 from tests.training.launching import LIMIT_SECONDS, ROOT, TINY, environment, session
 
 FAULTY = Path(__file__).parent / "faulty.py"

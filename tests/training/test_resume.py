@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from spion_ds.training.checkpoints.checkpoint import load_state, load_weights
+from spion_ds.distributed.process_group import Ranks
+from spion_ds.training.checkpoints.checkpoint import identity, load_state, load_weights
 from spion_ds.training.checkpoints.files import find_checkpoint
-from tests.training.launching import digest, drive, losses, rows, summary
+from spion_ds.training.checkpoints.resuming import Resume, plan_resume
+from spion_ds.training.config.recipe_files import read_recipe
+from spion_ds.training.config.run import build_run_config
+from tests.training.launching import TINY, digest, drive, losses, rows, summary
 
 pytestmark = pytest.mark.ranks
 
@@ -23,6 +27,29 @@ def sessions_of_a_stopped_run(folder: Path, stop_at: int, name: str, **values: A
         {"run_name": name, "stop_at": stop_at, **values},
         {"resume": run},
     ]
+
+
+def test_going_on_with_another_number_of_threads_is_said_in_one_line() -> None:
+    config = build_run_config(read_recipe(str(TINY)), None, (), world_size=1, device_type="cpu")
+    run = {
+        "identity": identity(config),
+        "batch_size": config.batches.total,
+        "seed": config.training.seed,
+        "world_size": 1,
+        "zero_stage": 0,
+        "precision": "fp32",
+        "threads": torch.get_num_threads() + 1,
+    }
+    alone, folder = Ranks(0, 1, 0, 1), Path("step-000003")
+    told = plan_resume(folder, run, config, alone)
+    if alone.device.type == "cpu":
+        assert f"OMP_NUM_THREADS={run['threads']}" in told.note
+    else:
+        assert not told.note
+    run["threads"] = torch.get_num_threads()
+    assert plan_resume(folder, run, config, alone).note == ""
+    del run["threads"]  # an older version's
+    assert plan_resume(folder, run, config, alone) == Resume(folder)
 
 
 def assert_same_bits(run: Path, undisturbed: Path) -> None:

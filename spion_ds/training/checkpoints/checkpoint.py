@@ -132,7 +132,8 @@ def load_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     """Return the training state of a checkpoint, and what its run was.
 
     The second value has ``identity``, ``batch_size``, ``micro_batch_size``, ``seed``,
-    ``world_size``, ``zero_stage`` and ``precision``.
+    ``world_size``, ``zero_stage``, ``precision`` and, unless an older version saved it,
+    ``threads``.
 
     Raises:
         CheckpointError: the file is damaged or of another format.
@@ -220,6 +221,7 @@ def _pack(state: TrainingState, config: RunConfig, ranks: Ranks) -> dict[str, An
         "world_size": ranks.world_size,
         "zero_stage": zero_stage(config.resolved),
         "precision": config.training.precision,
+        "threads": torch.get_num_threads(),
     }
     return {"format": FORMAT, "state": plain, "masks": packed, "run": run}
 

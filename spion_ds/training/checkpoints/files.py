@@ -114,7 +114,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: there is none, none is whole, or the one that was named outright is not.
     """
-    if (place / _MANIFEST).is_file() or (place / "state.pt").is_file():
+    if is_checkpoint(place):
         _check_named(place, checksums)
         return place
     root = place / "checkpoints"
@@ -142,6 +142,11 @@ def find_checkpoint(
     )
 
 
+def is_checkpoint(place: Path) -> bool:
+    """Return whether a place is a checkpoint itself, and not a run."""
+    return (place / _MANIFEST).is_file() or (place / "state.pt").is_file()
+
+
 def has_checkpoint(run: Path) -> bool:
     """Return whether a run has saved anything."""
     return bool(_candidates(run / "checkpoints", "latest"))
@@ -158,7 +163,7 @@ def write_pointer(root: Path, pointer: str, name: str) -> None:
 
 def publish(incomplete: Path, folder: Path) -> None:
     """Give a finished checkpoint its name, and make ``latest`` name it."""
-    if folder.exists():  # of an earlier attempt, from a checkpoint before it
+    if os.path.lexists(folder):  # of an earlier attempt, from a checkpoint before it
         os.rename(folder, incomplete.with_name(f"{incomplete.name}.replaced"))
     os.rename(incomplete, folder)
     write_pointer(folder.parent, "latest", folder.name)
@@ -167,7 +172,8 @@ def publish(incomplete: Path, folder: Path) -> None:
 def prune_checkpoints(root: Path, keep: int) -> None:
     """Remove the run's checkpoints except the newest ``keep``, and the best that these know.
 
-    Checkpoints after ``latest`` belong to an attempt that was given up, and stay.
+    Checkpoints after ``latest`` belong to an attempt that was given up, and stay. Of a symbolic
+    link the link alone is removed. What is no ``step-<number>`` folder is not ours, and stays.
     """
     kept = _candidates(root, "latest")[:keep]
     spared = {path.name for path in kept} | {_pointed(root, "best")}
@@ -175,7 +181,11 @@ def prune_checkpoints(root: Path, keep: int) -> None:
         with contextlib.suppress(CheckpointError):
             spared.add(checkpoint_name(_read_manifest(folder)["best_step"] or 0))
     for folder in _candidates(root, "latest"):
-        if folder.name not in spared:
+        if folder.name in spared:
+            continue
+        if folder.is_symlink():
+            folder.unlink()
+        else:
             shutil.rmtree(folder)
 
 
@@ -186,7 +196,7 @@ def checkpoint_name(step: int) -> str:
 
 def _candidates(root: Path, pointer: str) -> list[Path]:
     """Return the checkpoint that a pointer names and those before it, newest first."""
-    names = {path.name for path in root.glob("step-*")}
+    names = {path.name for path in root.glob("step-*") if _step(path.name) >= 0 and path.is_dir()}
     named = _pointed(root, pointer)
     if named is not None:
         names = {name for name in names if _step(name) <= _step(named)} | {named}

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spion_ds.distributed.agreement import Agreement
 from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import CheckpointError
@@ -60,7 +62,7 @@ def plan_resume(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ran
     here = f"{ranks.world_size} rank(s) at stage {ours}"
     same_precision = run["precision"] == config.training.precision
     if theirs == ours and same_precision and (ours == 0 or run["world_size"] == ranks.world_size):
-        return Resume(folder)
+        return Resume(folder, note=_threads_note(folder, run, ranks))
     if same_precision and (theirs == ours or {theirs, ours} == {1, 2}):
         return Resume(
             folder,
@@ -76,6 +78,19 @@ def plan_resume(folder: Path, run: dict[str, Any], config: RunConfig, ranks: Ran
         f"{folder.name} was saved by {there}, and this is {here}: weights, masks, learning rate "
         "and data position go on, but DeepSpeed cannot carry the optimizer's state over, so the "
         "optimizer starts anew",
+    )
+
+
+def _threads_note(folder: Path, run: dict[str, Any], ranks: Ranks) -> str:
+    """Return a sentence where another number of threads, which adds in another order, goes on."""
+    ours = torch.get_num_threads()
+    theirs = run.get("threads", ours)
+    if theirs == ours or ranks.device.type != "cpu":
+        return ""
+    return (
+        f"{folder.name} was saved by ranks of {theirs} thread(s), and these have {ours}: on a CPU "
+        "sums are rounded accordingly, so the bits differ from an undisturbed run's; "
+        f"OMP_NUM_THREADS={theirs} avoids it"
     )
 
 

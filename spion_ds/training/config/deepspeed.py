@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from spion_ds.distributed.process_group import import_deepspeed
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.training.config.sections import OptimizerConfig, TrainingConfig
+
+# They write as soon as there is an engine: not for a rehearsal.
+_WRITERS = ("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ def resolve_deepspeed_config(
         raise ConfigError(
             f"gradient_clipping is {clipping!r}; allowed: a norm from 0 up, or 'auto'"
         )
+    if clipping and optimizer.clip_value is not None:
+        raise ConfigError(
+            f"gradient_clipping is {clipping} in the DeepSpeed configuration, a norm, and "
+            f"optimizer.clip_value is {optimizer.clip_value}, so gradients would be clipped twice; "
+            "set optimizer.clip_value=null to clip by norm, or remove gradient_clipping"
+        )
     _fill_optimizer(config, optimizer, device_type)
     config.setdefault("steps_per_print", 10**9)
     # DeepSpeed's own clock would let the host wait for the device twice a step; StepTimer is ours.
@@ -84,12 +96,63 @@ def check_with_deepspeed(resolved: dict[str, Any]) -> None:
     share = resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"]
     noted = _Noted({**copy.deepcopy(resolved), "train_batch_size": share * world})
     try:
-        read_config(noted)
+        read = read_config(noted)
     except Exception as error:  # pydantic's, assertions, and whatever its readers stumble on
         raise ConfigError(f"DeepSpeed refuses its configuration: {_reason(error)}") from error
     for key in noted:
         if key not in noted.read:
             raise ConfigError(unknown_name("key of a DeepSpeed configuration", key, noted.read))
+    _check_monitors(read)
+
+
+def rehearse(resolved: dict[str, Any]) -> None:
+    """Let DeepSpeed take a step of a tiny model, on all ranks, before there is a run.
+
+    Much of a configuration is read only then: an optimizer's parameters, numbers that divide.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    with torch.random.fork_rng():
+        model = torch.nn.Linear(8, 8)
+    config = {key: value for key, value in resolved.items() if key not in _WRITERS}
+    try:
+        engine, *_ = import_deepspeed().initialize(
+            model=model, model_parameters=list(model.parameters()), config=copy.deepcopy(config)
+        )
+        dtype = next(model.parameters()).dtype
+        for _ in range(resolved["gradient_accumulation_steps"]):
+            inputs = torch.ones(1, 8, dtype=dtype, device=engine.device)
+            engine.backward(engine(inputs).float().mean())
+            engine.step()
+    except Exception as error:  # whatever DeepSpeed and PyTorch stumble on
+        place = traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(
+            f"DeepSpeed cannot train with its configuration: {_reason(error)}, at {place!r}; "
+            "correct or remove the key that this reads"
+        ) from error
+
+
+def _check_monitors(config: Any) -> None:
+    """Raise ConfigError unless DeepSpeed's monitors, which rank 0 starts alone, have their package.
+
+    Args:
+        config: a DeepSpeedConfig.
+    """
+    from deepspeed.monitor import utils
+
+    for name in ("tensorboard", "wandb", "comet"):
+        if not getattr(config.monitor_config, name).enabled:
+            continue
+        check = "tb" if name == "tensorboard" else name
+        try:
+            with contextlib.redirect_stdout(None):  # its own advice
+                getattr(utils, f"check_{check}_availability")()
+        except ImportError as error:
+            raise ConfigError(
+                f"{name} is enabled in the DeepSpeed configuration, and its package cannot be "
+                f"imported ({error}); install it, or remove the block"
+            ) from error
 
 
 class _Noted(dict):

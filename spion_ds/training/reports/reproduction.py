@@ -148,7 +148,6 @@ def reproduce(options: ReproduceOptions) -> None:
     deadline = None if options.minutes is None else time.monotonic() + 60.0 * options.minutes
     failed, stopped = [], False
     with StopRequest() as request:
-        request.patient = True
         for number, run in enumerate(runs if not options.table_only else [], start=1):
             if read_result(run.folder, run.config).finished:
                 continue

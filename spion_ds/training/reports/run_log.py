@@ -184,18 +184,20 @@ def _unless_os_error(failure: threading.ExceptHookArgs) -> None:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Remove the rows of steps that a resumed run takes again."""
+    """Remove the rows of steps that a resumed run takes again, and of a test at its last step."""
     if not path.is_file():
         return
-    rows = [row for row in path.read_text().splitlines() if _step_of(row) <= step]
+    rows = [row for row in path.read_text().splitlines() if _stays(row, step)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(row + "\n" for row in rows))
     os.replace(temporary, path)
 
 
-def _step_of(row: str) -> float:
+def _stays(row: str, step: int) -> bool:
     parsed = _parse(row)
-    return float("inf") if parsed is None else parsed["step"]
+    if parsed is None:
+        return False
+    return parsed["step"] < step or (parsed["step"] == step and parsed.get("kind") != "test")
 
 
 def _parse(line: str) -> dict[str, Any] | None:
