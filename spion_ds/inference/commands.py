@@ -22,6 +22,7 @@ from spion_ds.data.storage.cache import Split
 from spion_ds.data.storage.samples import Sample, read_samples
 from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
+from spion_ds.distributed.meeting import prepare_together
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import CheckpointError, ConfigError, DataError, unknown_name
 from spion_ds.models import EncoderClassifier, load_model, save_model
@@ -215,12 +216,13 @@ def run_evaluate(options: EvaluateOptions) -> None:
 
 def evaluate_split(options: EvaluateOptions, ranks: Ranks) -> Evaluation:
     """Evaluate a model on this rank's share of a split; rank 0 prints the result."""
-    saved = is_saved_model(options.model)
-    folder = options.model if saved else find_checkpoint(options.model, "best")
-    trained = open_model(folder, ranks.device, options.precision)
-    task = get_task(trained.task)
-    task.check_source(trained.data)
 
+    def prepare() -> TrainedModel:
+        trained = open_model(options.model, ranks.device, options.precision)
+        get_task(trained.task).check_source(trained.data)
+        return trained
+
+    trained = prepare_together(ranks, prepare)
     join(ranks)
     agreement = Agreement()
     dataset = prepare_data(trained.task, trained.data, options.data_dir, ranks, agreement)
@@ -233,13 +235,14 @@ def evaluate_split(options: EvaluateOptions, ranks: Ranks) -> Evaluation:
         result = evaluate(trained.model, split, batch_size, ranks, ranks.device)
     if not ranks.is_first:
         return result
-    print(f"{'model' if saved else 'checkpoint'}   {folder}")
+    kind = "model" if is_saved_model(trained.place) else "checkpoint"
+    print(f"{kind}   {trained.place}")
     print(f"phase        {trained.phase}, step {trained.step}")
     masks = trained.masks
     print(f"density      {'100 %' if masks is None else ', '.join(map(density_text, masks))}")
     print(f"throughput   {result.tokens_per_second:,.0f} tokens/s on {ranks.device.type}")
     print(f"{options.split} accuracy {result.accuracy:.2%} of {result.samples} samples")
-    for name, accuracy in task.baselines(dataset.train, split).items():
+    for name, accuracy in get_task(trained.task).baselines(dataset.train, split).items():
         print(f"  {name:<22}{accuracy:>7.2%}  (baseline)")
     if options.compare is not None:
         print("\n" + _comparison_table(compared, ranks.device))
