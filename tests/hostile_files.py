@@ -180,6 +180,12 @@ def _places(values: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value)
 
 
+def swapped(other: Path) -> Damage:
+    """Return a damage that puts the content of another file there."""
+    content = other.read_bytes()
+    return Damage(f"the content of {other.name}", _rewrite(lambda _: content))
+
+
 RANDOM = (flip, flip, cut, scramble, nonsense)
 
 
@@ -236,7 +242,8 @@ def attack(reader: Reader, cases: int, seed: int, tally: Tally, *, sealed: bool 
         generator = random.Random(f"{seed} {reader.name}")
         for file in files:
             made = [RANDOM[n % len(RANDOM)](generator) for n in range(cases)]
-            for damage in [*ALWAYS, *made]:
+            others = [swapped(good / other) for other in files if other != file]
+            for damage in [*ALWAYS, *others, *made]:
                 shutil.rmtree(bad)
                 shutil.copytree(good, bad, symlinks=True)
                 before = (bad / file).read_bytes()
