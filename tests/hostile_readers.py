@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ from spion_ds.training.checkpoints.checkpoint import TrainingState, check_harmle
 from spion_ds.training.checkpoints.files import find_checkpoint, write_manifest, write_pointer
 from spion_ds.training.config.recipe_files import read_deepspeed_json, read_recipe
 from spion_ds.training.config.run import build_run_config
+from spion_ds.training.reports.results import read_result
 from spion_ds.training.step.evaluation import build_model
 from tests.hostile_files import Reader
 from tests.training.launching import TINY
@@ -118,6 +120,26 @@ def _make_masks(folder: Path) -> list[Path]:
 def _read_masks(folder: Path) -> Any:
     layers = read_place(folder / "masks.safetensors")
     return {name: (one.block, one.heads, one.mask.tolist()) for name, one in layers.items()}
+
+
+# What a run reports.
+
+
+def _make_reports(folder: Path) -> list[Path]:
+    rows = [
+        {"kind": "train", "step": 1, "phase": "dense", "memory_bytes": 5, "step_seconds": 0.1},
+        {"kind": "switch", "step": 2, "density": [0.25, 0.5]},
+        {"kind": "train", "step": 3, "phase": "sparse", "memory_bytes": 4, "step_seconds": 0.05},
+    ]
+    metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"sparse": {"density": [0.25, 0.5]}, "test_accuracy": 0.5, "validation_accuracy": 0.4}
+    summary.write_text(json.dumps({**values, "baselines": {"majority": 0.2}}))
+    return [metrics, summary]
+
+
+def _read_reports(folder: Path) -> Any:
+    return read_result(folder, _config())
 
 
 # Configurations.
@@ -254,6 +276,7 @@ READERS = [
         seal=lambda folder: write_sums(folder / "model"),
     ),
     Reader("masks", _make_masks, _read_masks, summed=True),
+    Reader("reports", _make_reports, _read_reports),
     Reader("a recipe", _make_recipe, _read_recipe),
     Reader("a DeepSpeed JSON", _make_deepspeed, _read_deepspeed),
     Reader("inputs", _make_inputs, _read_inputs),

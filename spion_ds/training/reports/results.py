@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from spion_ds.durable_files import read_json
+from spion_ds.errors import DataError
 from spion_ds.training.config.run import RunConfig
 from spion_ds.training.reports.published import published
 from spion_ds.training.reports.run_log import read_rows, seconds_per_step
@@ -51,12 +52,25 @@ class RunResult:
 
 
 def read_result(folder: Path, config: RunConfig) -> RunResult:
-    """Return what the run in ``folder`` has come to; there need not be any."""
-    steps = config.training.steps
+    """Return what the run in ``folder`` has come to; there need not be any.
+
+    Raises:
+        DataError: its log or its summary is damaged.
+    """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        return RunResult(folder.name, config.task, 0, steps)
-    rows = read_rows(folder)
+        return RunResult(folder.name, config.task, 0, config.training.steps)
+    try:
+        return _read(folder, config)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DataError(
+            f"{metrics} or summary.json is damaged ({error!r:.200}); move {folder} away and run it "
+            "again, or bring both back from a copy"
+        ) from error
+
+
+def _read(folder: Path, config: RunConfig) -> RunResult:
+    steps, rows = config.training.steps, read_rows(folder)
     trained = [row for row in rows if row["kind"] == "train"]
     switch = [row for row in rows if row["kind"] == "switch"][-1:]
     memory = {
@@ -178,4 +192,4 @@ def _middle(values: Sequence[float | None], scale: float, form: str) -> str:
 
 def _summary(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.exists() else None

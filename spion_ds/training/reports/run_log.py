@@ -134,7 +134,7 @@ class StepTimer:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics.jsonl, without one that a crash cut off."""
-    rows = (_parse(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    rows = (_parse(line) for line in _lines(folder / "metrics.jsonl"))
     return [row for row in rows if row is not None]
 
 
@@ -187,7 +187,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of steps that a resumed run takes again, and of a test at its last step."""
     if not path.is_file():
         return
-    rows = [row for row in path.read_text().splitlines() if _stays(row, step)]
+    rows = [row for row in _lines(path) if _stays(row, step)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(row + "\n" for row in rows))
     os.replace(temporary, path)
@@ -200,10 +200,16 @@ def _stays(row: str, step: int) -> bool:
     return parsed["step"] < step or (parsed["step"] == step and parsed.get("kind") != "test")
 
 
+def _lines(path: Path) -> list[str]:
+    # A crash leaves anything behind: such a line is none of ours.
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     """Return a row, None for a line cut off by a crash."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    known = isinstance(row, dict) and type(row.get("step")) is int and "kind" in row
+    return row if known else None
