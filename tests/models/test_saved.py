@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,19 @@ def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="exists and is not empty"):
         save_model(sparse_model(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("room", [100, 9000])
+def test_a_disk_that_fills_up_leaves_nothing_and_is_named(room: int, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = sparse_model()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # as a full disk: a write fails
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written to .*make room there"):
+            save_model(model, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
