@@ -227,6 +227,45 @@ def test_a_skipped_step_is_looked_at_one_step_later() -> None:
     assert look_at(switch, model, 4, [(x, mask)]) is not None
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_in_fp16_the_first_step_that_the_loss_scaler_takes_is_looked_at(device: str) -> None:
+    model = toy().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**24)  # fp16 gradients overflow
+    switch = DenseToSparse(model, FixedStepRule(), check_every=1)
+    kinds, scales = [], []
+    for number in range(1, 30):
+        scales.append(scaler.get_scale())
+        x, mask, y = (tensor.to(device) for tensor in samples(number, 2))
+        with switch.step(number) as look:
+            with torch.autocast(device, torch.float16):
+                loss = F.cross_entropy(model(x, mask), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if scaler.get_scale() < scales[-1]:
+                look.skipped()
+        kinds.append(look.event.kind if look.event is not None else None)
+        if switch.phase == "sparse":
+            break
+    assert kinds == ["skipped"] * (number - 1) + ["switch"]
+    assert len(kinds) > 1
+    model(x, mask).sum().backward()  # the sparse phase trains
+
+
 def test_maps_that_are_not_finite_are_named_and_the_next_step_is_looked_at() -> None:
     model, (x, mask, _) = toy(), samples(1, 2)
     switch = DenseToSparse(model, DistanceRule(15), check_every=2)
