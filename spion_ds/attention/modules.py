@@ -60,7 +60,8 @@ class SparseSelfAttention(MaskHolder):
 
     Args:
         sparsity_config: its layout is asked for again whenever its ``pattern`` is replaced.
-        causal: exclude keys after the query. What a pattern keeps above the diagonal is cut.
+        causal: exclude keys after the query. What a pattern keeps above the diagonal is cut; one
+            that is found in training counts only what may be kept.
         scale: factor of the scores; head_dim ** -0.5 if None.
         pruned: what a pruned entry is in the softmax: ``"excluded"``, absent; or ``"zero"``, a
             logit 0 in the denominator, as SPION and SAT published it.
@@ -108,6 +109,7 @@ class SparseSelfAttention(MaskHolder):
         if longer not in LONGER:
             raise ConfigError(unknown_name("value of longer", longer, LONGER))
         self.causal, self.scale = causal, scale
+        _tell_causal(sparsity_config, causal)
         self.pruned = pruned
         self.dropout_p = dropout_p
         self.zero_padded_queries = zero_padded_queries
@@ -372,3 +374,14 @@ def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _tell_causal(config: SparsityConfig, causal: bool) -> None:
+    """Let a configuration whose pattern is found in training know which blocks may be kept."""
+    if causal and isinstance(config, SwitchingSparsityConfig):
+        config.causal = True
+    elif getattr(config, "causal", False) and not causal:
+        raise ConfigError(
+            "sparsity_config has causal=True, and causal is False here; pass causal=True, or a "
+            "configuration of its own to each attention"
+        )

@@ -1,5 +1,6 @@
 """Which blocks of attention matter, and when to switch: pure functions on attention maps."""
 
+from spion_ds.patterns.budget import budget_patterns
 from spion_ds.patterns.flood_fill import flood_fill
 from spion_ds.patterns.pooling import pool_map
 from spion_ds.patterns.sat import pattern_loss, sat_pattern
@@ -18,6 +19,7 @@ __all__ = [
     "SkewnessRule",
     "TransitionReport",
     "TransitionRule",
+    "budget_patterns",
     "flood_fill",
     "pattern_from_pooled",
     "pattern_loss",

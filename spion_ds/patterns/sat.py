@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,13 @@ from spion_ds.errors import ConfigError
 from spion_ds.patterns.spion import check_density, top_blocks
 
 
-def sat_pattern(weight: Tensor, density: float) -> Tensor:
+def sat_pattern(weight: Tensor, density: float, *, causal: bool = False) -> Tensor:
     """Return SAT's pattern: the int(n²·density) largest entries of W·Wᵀ; no diagonal is forced.
 
     Args:
         weight: W, (n, head_dim), floating, finite.
         density: above 0, up to 1.
+        causal: only entries on and below the diagonal may be kept, and ``density`` is of these.
 
     Returns:
         (n, n) bool on W's device; of equal entries the earlier in row-major order.
@@ -33,7 +36,11 @@ def sat_pattern(weight: Tensor, density: float) -> Tensor:
     product = wide @ wide.T
     # Exactly symmetric whatever the order of the sums, so that (i, j) and (j, i) tie.
     product = product.triu() + product.triu(1).T
-    return top_blocks(product, int(product.numel() * check_density(density)))
+    allowed = product.numel()
+    if causal:
+        above = torch.ones_like(product, dtype=torch.bool).triu(1)
+        product, allowed = product.masked_fill(above, -math.inf), allowed - int(above.sum())
+    return top_blocks(product, int(allowed * check_density(density)))
 
 
 def pattern_loss(weight: Tensor, target: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 import torch
@@ -64,7 +65,12 @@ def spion_c(attention_map: Tensor, block: int, density: float, filter_size: int 
 
 
 def pattern_from_pooled(
-    pooled: Tensor, variant: str, *, alpha: float | None = None, density: float | None = None
+    pooled: Tensor,
+    variant: str,
+    *,
+    alpha: float | None = None,
+    density: float | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """Return a variant's pattern from a map that :func:`pool_map` pooled as the variant needs it.
 
@@ -74,6 +80,8 @@ def pattern_from_pooled(
         variant: "cf", "f" or "c".
         alpha: 0 to 1, needed by "cf" and "f"; "c" ignores it.
         density: above 0, up to 1, needed by "c"; "cf" and "f" ignore it.
+        causal: only blocks on and below the diagonal may be kept; the quantile and the density are
+            of these.
 
     Returns:
         (n, n) bool with the diagonal set, on the device of ``pooled``.
@@ -84,12 +92,17 @@ def pattern_from_pooled(
     if variant not in VARIANTS:
         raise ConfigError(unknown_name("SPION variant", variant, VARIANTS))
     check_pooled(pooled)
+    allowed = torch.ones_like(pooled, dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril()
+        pooled = pooled.tril()
     if variant == "c":
-        blocks = pooled.numel()
+        blocks = int(allowed.sum())
         count = int(blocks * check_density(density) - pooled.shape[0])
-        pattern = top_blocks(pooled, min(max(count, 0), blocks))
+        scores = pooled.masked_fill(~allowed, -math.inf) if causal else pooled
+        pattern = top_blocks(scores, min(max(count, 0), blocks))
     else:
-        pattern = flood_fill(pooled, quantile(pooled, _check_alpha(alpha)))
+        pattern = flood_fill(pooled, quantile(pooled[allowed], _check_alpha(alpha))) & allowed
     pattern.fill_diagonal_(True)
     return pattern
 

@@ -7,6 +7,7 @@ from spion_ds.sparsity.block import (
     read_sparse_attention,
     take_sparse_attention_block,
 )
+from spion_ds.sparsity.budget import BudgetSparsityConfig
 from spion_ds.sparsity.config import DenseSparsityConfig, SparsityConfig
 from spion_ds.sparsity.fixed import FixedSparsityConfig
 from spion_ds.sparsity.local import LocalSlidingWindowSparsityConfig
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionConfig",
     "BSLongformerSparsityConfig",
     "BigBirdSparsityConfig",
+    "BudgetSparsityConfig",
     "DenseSparsityConfig",
     "FixedSparsityConfig",
     "LocalSlidingWindowSparsityConfig",

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.settings import read_dataclass, require
+from spion_ds.sparsity.budget import BudgetSparsityConfig
 from spion_ds.sparsity.config import SparsityConfig
 from spion_ds.sparsity.modes import (
     BigBirdAttentionConfig,
@@ -25,20 +28,28 @@ from spion_ds.sparsity.modes import (
 )
 from spion_ds.sparsity.spion import VARIANTS, SpionSparsityConfig
 
+BUDGET = "budget"
+
 
 @dataclass(frozen=True)
 class SparseAttentionConfig:
-    """A ``sparse_attention`` block of mode ``spion``: dense first, then SPION's pattern.
+    """A ``sparse_attention`` block of mode ``spion``: dense first, then a pattern that was found.
 
     Attributes:
         mode: ``"spion"``.
         block: side of a block in tokens: 16, 32, 64 or 128.
         different_layout_per_head: one pattern a head, from its own map; as published, the heads
-            of a layer share the pattern of their mean map.
-        variant: ``"cf"``, ``"f"`` or ``"c"``.
+            of a layer share the pattern of their mean map. Needed by budget.
+        variant: SPION's ``"cf"``, ``"f"`` or ``"c"``; or ``"budget"``, the blocks of most attention
+            mass, for which heads compete.
         alpha: quantile above which flood fill marks a block (cf, f).
-        density: share of blocks kept by top-k (c).
+        density: share of blocks kept (c, budget).
         filter_size: side of the diagonal convolution, odd (cf, c).
+        scope: who competes: ``"head"`` (nobody), ``"layer"`` (its heads) or ``"model"`` (all heads
+            of all layers) (budget).
+        row_blocks: blocks that each row of each head keeps at least, the diagonal's among them
+            (budget).
+        head_blocks: blocks that each head keeps at least (budget).
         pruned: what a pruned entry is in the softmax: ``"zero"`` (logit 0, as published) or
             ``"excluded"``.
     """
@@ -50,6 +61,9 @@ class SparseAttentionConfig:
     alpha: float = 0.98
     density: float = 0.04
     filter_size: int = 31
+    scope: str = "layer"
+    row_blocks: int = 1
+    head_blocks: int = 0
     pruned: str = "zero"
 
     restarts_optimizer: ClassVar[bool] = False
@@ -63,8 +77,8 @@ class SparseAttentionConfig:
         """Raise ConfigError unless every value is in range for inputs of ``sequence_length``."""
         at = "sparse_attention."
         check_block(self.block, sequence_length)
-        if self.variant not in VARIANTS:
-            raise ConfigError(unknown_name(f"{at}variant", self.variant, VARIANTS))
+        if self.variant not in (*VARIANTS, BUDGET):
+            raise ConfigError(unknown_name(f"{at}variant", self.variant, (*VARIANTS, BUDGET)))
         require(
             0.0 < self.alpha < 1.0,
             f"{at}alpha",
@@ -72,8 +86,10 @@ class SparseAttentionConfig:
             "between 0 and 1, e.g. 0.98 (quantile)",
         )
         blocks = -(-sequence_length // self.block)
+        if self.variant == BUDGET:
+            self._validate_budget(blocks)
         # The diagonal is always kept; cf and f do not use the density.
-        least = 1.0 / blocks if self.variant == "c" else 0.0
+        least = 1.0 / blocks if self.variant in ("c", BUDGET) else 0.0
         require(
             least <= self.density <= 1.0 and self.density > 0.0,
             f"{at}density",
@@ -90,8 +106,36 @@ class SparseAttentionConfig:
         )
         check_pruned(self.pruned)
 
+    def _validate_budget(self, blocks: int) -> None:
+        """Raise ConfigError unless ``blocks`` a side have room for the diagonal and the floors."""
+        at = "sparse_attention."
+        require(
+            self.different_layout_per_head,
+            f"{at}different_layout_per_head",
+            False,
+            "true with variant budget (heads that share a pattern cannot compete)",
+        )
+        try:
+            # Maps of the same numbers everywhere are as good as any to see what fits.
+            BudgetSparsityConfig.find_patterns([self._budget(1)], [torch.zeros(1, blocks, blocks)])
+        except ConfigError as error:
+            raise ConfigError(f"{at}{error}") from error
+
+    def _budget(self, num_heads: int) -> BudgetSparsityConfig:
+        return BudgetSparsityConfig(
+            num_heads,
+            self.block,
+            self.different_layout_per_head,
+            density=self.density,
+            scope=self.scope,
+            row_blocks=self.row_blocks,
+            head_blocks=self.head_blocks,
+        )
+
     def build(self, num_heads: int, layer: int = 0) -> SparsityConfig:
         """Return a new SparsityConfig for one layer."""
+        if self.variant == BUDGET:
+            return self._budget(num_heads)
         return SpionSparsityConfig(
             num_heads,
             self.block,

@@ -17,6 +17,8 @@ class SatSparsityConfig(SwitchingSparsityConfig):
         block: side of a block in tokens.
         different_layout_per_head: must be False: SAT learns one W a layer.
         density: share of blocks kept, the largest entries of W·Wᵀ.
+        causal: whether attention is causal: only blocks on and below the diagonal are kept, and
+            ``density`` is of these; ``SparseSelfAttention(causal=True)`` makes it so.
     """
 
     def __init__(
@@ -25,8 +27,9 @@ class SatSparsityConfig(SwitchingSparsityConfig):
         block: int = 64,
         different_layout_per_head: bool = False,
         density: float = 0.04,
+        causal: bool = False,
     ) -> None:
-        super().__init__(num_heads, block, different_layout_per_head)
+        super().__init__(num_heads, block, different_layout_per_head, causal)
         if different_layout_per_head:
             raise ConfigError(
                 "different_layout_per_head is True; SAT learns one W a layer, whose pattern all "
@@ -38,4 +41,4 @@ class SatSparsityConfig(SwitchingSparsityConfig):
 
     def find_pattern(self, source: Tensor) -> Tensor:
         """Return the (n, n) bool pattern that W, (n, head_dim), gives; sets nothing."""
-        return sat_pattern(source, self.density)
+        return sat_pattern(source, self.density, causal=self.causal)

@@ -25,6 +25,8 @@ class SpionSparsityConfig(SwitchingSparsityConfig):
         alpha: quantile of the pooled map above which flood fill marks a block (cf and f).
         density: share of blocks that top-k keeps (c).
         filter_size: side of the diagonal convolution, odd (cf and c).
+        causal: whether attention is causal: the quantile and the density are of the blocks on and
+            below the diagonal then; ``SparseSelfAttention(causal=True)`` makes it so.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class SpionSparsityConfig(SwitchingSparsityConfig):
         alpha: float = 0.98,
         density: float = 0.04,
         filter_size: int = 31,
+        causal: bool = False,
     ) -> None:
-        super().__init__(num_heads, block, different_layout_per_head)
+        super().__init__(num_heads, block, different_layout_per_head, causal)
         if variant not in VARIANTS:
             raise ConfigError(unknown_name("SPION variant", variant, VARIANTS))
         if not 0.0 <= alpha <= 1.0:
@@ -75,4 +78,6 @@ class SpionSparsityConfig(SwitchingSparsityConfig):
         return torch.stack([self._from_one(pooled) for pooled in source])
 
     def _from_one(self, pooled: Tensor) -> Tensor:
-        return pattern_from_pooled(pooled, self.variant, alpha=self.alpha, density=self.density)
+        return pattern_from_pooled(
+            pooled, self.variant, alpha=self.alpha, density=self.density, causal=self.causal
+        )

@@ -23,13 +23,19 @@ class SwitchingSparsityConfig(SparsityConfig):
         num_heads: (query) heads of the layer.
         block: side of a block in tokens.
         different_layout_per_head: one pattern a head.
+        causal: whether attention is causal, so that only blocks on and below the diagonal may be
+            kept; ``SparseSelfAttention(causal=True)`` makes it so.
 
     Raises:
         ConfigError: names the argument, its value and what is allowed.
     """
 
     def __init__(
-        self, num_heads: int, block: int = 64, different_layout_per_head: bool = False
+        self,
+        num_heads: int,
+        block: int = 64,
+        different_layout_per_head: bool = False,
+        causal: bool = False,
     ) -> None:
         if not isinstance(different_layout_per_head, bool):
             raise ConfigError(
@@ -37,6 +43,7 @@ class SwitchingSparsityConfig(SparsityConfig):
                 "False"
             )
         super().__init__(num_heads, block, different_layout_per_head)
+        self.causal = causal
         self._pattern: Tensor | None = None
 
     @property

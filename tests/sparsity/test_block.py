@@ -143,7 +143,7 @@ def test_unknown_keys_and_wrong_types_are_named(block, words):
         ({"mode": "Spion"}, "mode 'Spion'.*did you mean 'spion'"),
         ({"block": 48}, "sparse_attention.block is 48; allowed: 16, 32, 64 or 128"),
         ({"block": 0}, "sparse_attention.block is 0"),
-        ({"variant": "fc"}, "unknown sparse_attention.variant 'fc'.*known: c, cf, f"),
+        ({"variant": "fc"}, "unknown sparse_attention.variant 'fc'.*known: budget, c, cf, f"),
         ({"alpha": 0.0}, "sparse_attention.alpha is 0.0; allowed: between 0 and 1"),
         ({"alpha": 98.0}, "sparse_attention.alpha is 98.0"),
         ({"density": 0.0}, "sparse_attention.density is 0.0; allowed: above 0"),
