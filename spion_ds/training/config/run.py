@@ -146,6 +146,8 @@ def build_run_config(
         raise ConfigError("the recipe names no task; add e.g. 'task: listops'")
     if attention:
         layers.insert(1, for_task(named, str(values["task"])))
+        if named.get("variant") == "budget" and isinstance(transition, Mapping):
+            transition = {**transition, "resolution": "block"}  # maps a head are pooled
     sparse_attention = read_sparse_attention(merge_sparse_attention(layers))
     values["transition"] = _published_or_given(
         transition, values.get("transition", {}), str(mode), sparse_attention.mode
