@@ -36,6 +36,10 @@ def dense_attention(
         zero_padded_queries: give zeros for padding.
     """
     if key_padding_mask is not None:
+        device = q_BHLD.device.type
+        if torch.is_autocast_enabled(device):  # what overflows there must be hidden too
+            dtype = torch.get_autocast_dtype(device)
+            q_BHLD, k_BHLD, v_BHLD = (x.to(dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
         q_BHLD, k_BHLD, v_BHLD = hide_padding(
             *(q_BHLD, k_BHLD, v_BHLD, key_padding_mask), of_queries=True, zeroed=zero_padded_queries
         )

@@ -57,7 +57,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """Decorate the ``backward`` of a Function, whose gradients have no derivative.
+    """Decorate ``backward(ctx, saved_tensors, *grads)`` of a Function, once differentiable.
 
     Unlike PyTorch's decorator it connects them to the saved tensors. Without that,
     ``torch.autograd.grad`` calls a second derivative unused, or gives None for it.
@@ -65,12 +65,13 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint may be unpacked no second time
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():  # no create_graph=True
             return results
         found = [x for x in results if x is not None]
-        given = _DifferentiatedOnce.apply(len(found), *found, *ctx.saved_tensors, *grads)
+        given = _DifferentiatedOnce.apply(len(found), *found, *saved, *grads)
         connected = iter(given)
         return tuple(None if x is None else next(connected) for x in results)
 

@@ -110,6 +110,8 @@ class SparseSelfAttention(MaskHolder):
             raise ConfigError(unknown_name("value of longer", longer, LONGER))
         self.causal, self.scale = causal, scale
         _tell_causal(sparsity_config, causal)
+        if max_seq_length is not None and isinstance(sparsity_config, SwitchingSparsityConfig):
+            sparsity_config.check_room(-(-max_seq_length // sparsity_config.block))
         self.pruned = pruned
         self.dropout_p = dropout_p
         self.zero_padded_queries = zero_padded_queries
@@ -378,10 +380,16 @@ def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 def _tell_causal(config: SparsityConfig, causal: bool) -> None:
     """Let a configuration whose pattern is found in training know which blocks may be kept."""
-    if causal and isinstance(config, SwitchingSparsityConfig):
-        config.causal = True
-    elif getattr(config, "causal", False) and not causal:
+    if not isinstance(config, SwitchingSparsityConfig):
+        return
+    if config.causal and not causal:
         raise ConfigError(
             "sparsity_config has causal=True, and causal is False here; pass causal=True, or a "
             "configuration of its own to each attention"
         )
+    if vars(config).setdefault("_attends_causally", causal) != causal:
+        raise ConfigError(
+            "sparsity_config belongs to attention that is not causal already; pass a configuration "
+            "of its own to each attention"
+        )
+    config.causal = causal

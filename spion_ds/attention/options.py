@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The root of what float32 holds, about.
+_LARGEST = 2.0**63
+
 
 class AttentionOptions(NamedTuple):
     """Arguments of ``block_sparse_attention``, checked, none left to a default.
@@ -50,8 +53,9 @@ def hide_padding(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v in which padded tokens harm nobody: a probability of 0 times NaN is NaN.
 
-    Padded keys and values become 0. Padded queries do where they are not finite, or all of them if
-    what they give is zeroed: the gradients of all keys go through them.
+    Padded keys and values become 0. Padded queries do where they are not finite or so large that a
+    score could overflow, or all of them if what they give is zeroed: the gradients of all keys go
+    through them.
 
     Args:
         q: (batch, heads, L, head_dim).
@@ -61,15 +65,24 @@ def hide_padding(
         zeroed: whether padded queries give zeros.
     """
     # Reading once is much cheaper than copying, where a look at values costs no waiting.
-    readable = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if q.is_cpu and readable and all(map(_is_finite, (q, k, v))):
+    if q.is_cpu and _can_be_read(q) and all(map(_is_harmless, (q, k, v))):
         return q, k, v
     padded = ~padding_mask[:, None, :, None]
     if of_queries:
-        q = q.masked_fill(padded if zeroed else padded & ~q.isfinite(), 0.0)
+        q = q.masked_fill(padded if zeroed else padded & ~(q.abs() < _LARGEST), 0.0)
     return q, k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
 
 
-def _is_finite(x: Tensor) -> bool:
-    """Return whether all of ``x`` is finite; False also where its sum is not."""
-    return bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+def _is_harmless(x: Tensor) -> bool:
+    """Return whether no product with another such tensor overflows (Cauchy-Schwarz)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return bool(torch.linalg.vector_norm(x.detach(), dtype=wide) < _LARGEST)
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Return whether Python sees the values: nothing traces, fakes or transforms them."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    transformed = (
+        torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    )
+    return type(x) in (Tensor, torch.nn.Parameter) and not traced and not transformed

@@ -159,8 +159,8 @@ class _BlockSparseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, valid, dropout_key = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, valid, dropout_key = saved
         layout, settings = ctx.layout, ctx.settings
         delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))

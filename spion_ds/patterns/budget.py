@@ -24,11 +24,12 @@ def budget_patterns(
     row_blocks: int = 1,
     head_blocks: int = 0,
 ) -> list[Tensor]:
-    """Return a pattern a head: of all that compete, the K blocks of most attention mass.
+    """Return a pattern a head: of all that compete, the K blocks of most attention.
 
     Those that compete are the heads of a layer by default. The diagonal is always kept, and so are
     the floors; what is left of K goes to the largest entries of the maps, the earlier (layer, head,
-    row, column) in a tie. A block that nobody needs is kept if the budget has room for it.
+    row, column) in a tie. A block that nobody needs is kept if the budget has room for it. Pooled
+    maps are means, so a last block that is not full is ranked as if it were.
 
     Args:
         maps: one a layer: pooled maps of its heads, (heads, n, n) floating and finite, without a
@@ -68,6 +69,15 @@ def budget_patterns(
             f"scope is 'model', and layers have {sorted(sides)} blocks a side; allowed: one number "
             "in all layers, so that a block costs the same everywhere; or scope 'layer'"
         )
+    for one in [torch.cat(list(maps))] if scope == "model" and maps else maps:
+        alone = 1 if scope == "head" else one.shape[0]
+        check_room(
+            *(one.shape[-1], density),
+            heads=alone,
+            causal=causal,
+            row_blocks=row_blocks,
+            head_blocks=head_blocks,
+        )
     competing = [[one] for one in maps] if scope != "model" else [list(maps)] if maps else []
     patterns: list[Tensor] = []
     for group in competing:
@@ -86,10 +96,32 @@ def _allowed(n: int, causal: bool, device: torch.device) -> Tensor:
     return everything.tril() if causal else everything
 
 
-def _order(scores: Tensor) -> Tensor:
-    """Return indices along the last dimension, the largest score first, the earlier in a tie."""
-    # Adding 0.0 makes -0.0 equal to 0.0 for sorts that look at bits.
-    return (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices
+def check_room(
+    blocks: int, density: float, *, heads: int, causal: bool, row_blocks: int, head_blocks: int
+) -> None:
+    """Raise ConfigError unless ``density`` has room for the diagonal and the floors.
+
+    Args:
+        blocks: a side of the maps.
+        density, causal, row_blocks, head_blocks: as in :func:`budget_patterns`.
+        heads: that compete.
+    """
+    widths = range(1, blocks + 1) if causal else [blocks] * blocks
+    floor = max(sum(max(1, min(row_blocks, width)) for width in widths), head_blocks)
+    every = sum(widths)
+    least = heads * min(floor, every)
+    if _count(density, heads * every) < least:
+        share = math.ceil(1e4 * least / (heads * every)) / 1e4
+        raise ConfigError(
+            f"density is {density}; allowed: from {share:.4g} up: the diagonal and the floors "
+            f"(row_blocks, head_blocks) alone are {least} of the {heads * every} blocks that "
+            f"{heads} head(s) of {blocks} blocks a side may keep; or take smaller blocks"
+        )
+
+
+def _count(density: float, every: int) -> int:
+    # What rounding takes from a product like 0.29 · 100 is given back.
+    return math.floor(density * every + 1e-9)
 
 
 def _floors(maps: Tensor, causal: bool, row_blocks: int, head_blocks: int) -> Tensor:
@@ -97,31 +129,36 @@ def _floors(maps: Tensor, causal: bool, row_blocks: int, head_blocks: int) -> Te
     heads, n, _ = maps.shape
     allowed = _allowed(n, causal, maps.device)
     diagonal = torch.eye(n, dtype=torch.bool, device=maps.device)
-    kept = diagonal.expand(heads, n, n).clone()
-    scores = maps.masked_fill(~allowed, -math.inf).masked_fill(diagonal, math.inf)
-    first = _order(scores)[..., :row_blocks]  # (heads, n, row_blocks)
-    kept |= torch.zeros_like(kept).scatter_(-1, first, True) & allowed
-    flat = scores.masked_fill(kept, math.inf).flatten(1)
-    most = torch.zeros_like(flat, dtype=torch.bool)
-    most.scatter_(-1, _order(flat)[:, :head_blocks], True)
-    return kept | (most.view_as(kept) & allowed)
+    kept = diagonal.repeat(heads, 1, 1)
+    if row_blocks > 1:
+        scores = maps.masked_fill(~allowed, -math.inf).masked_fill_(diagonal, math.inf)
+        # Of equal ones the earlier; adding 0.0 makes -0.0 equal to 0.0 for sorts of bits.
+        order = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices
+        kept.scatter_(-1, order[..., :row_blocks], True)
+        kept &= allowed
+    for head in range(heads if head_blocks > n else 0):
+        kept[head] = _fill(maps[head], kept[head], allowed, head_blocks)
+    return kept
 
 
 def _largest(maps: Tensor, floors: Tensor, density: float, causal: bool) -> Tensor:
     """Return the floors and the largest other blocks, (heads, n, n): ``density`` of all allowed."""
     heads, n, _ = maps.shape
     allowed = _allowed(n, causal, maps.device)
-    every = heads * int(allowed.sum())
-    # What rounding takes from a product like 0.29 · 100 is given back.
-    count, least = math.floor(density * every + 1e-9), int(floors.sum())
-    if count < least:
-        raise ConfigError(
-            f"density is {density}; allowed: from {math.ceil(1e4 * least / every) / 1e4:.4g} up: "
-            f"the diagonal and the floors (row_blocks, head_blocks) alone are {least} of the "
-            f"{every} blocks that {heads} head(s) of {n} blocks a side may keep; or take smaller "
-            "blocks"
-        )
-    scores = maps.masked_fill(~allowed, -math.inf).masked_fill(floors, math.inf).flatten()
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept[_order(scores)[:count]] = True
-    return kept.view_as(maps)
+    return _fill(maps, floors, allowed, _count(density, heads * int(allowed.sum())))
+
+
+def _fill(maps: Tensor, kept: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """Return ``kept``, bool (…, n, n), with the largest others: ``count`` in all, if not more.
+
+    Of equal entries the earlier. Nothing is sorted: maps of all layers are large.
+    """
+    missing = min(count, maps.numel() // allowed.numel() * int(allowed.sum())) - int(kept.sum())
+    if missing <= 0:
+        return kept
+    scores = maps.masked_fill(~allowed, -math.inf).masked_fill_(kept, -math.inf).flatten()
+    threshold = scores.kthvalue(scores.numel() - missing + 1).values
+    more = scores > threshold
+    ties = (scores == threshold).nonzero().flatten()
+    more[ties[: missing - int(more.sum())]] = True
+    return kept | more.view_as(kept)

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.settings import read_dataclass, require
 from spion_ds.sparsity.budget import BudgetSparsityConfig
@@ -116,8 +114,7 @@ class SparseAttentionConfig:
             "true with variant budget (heads that share a pattern cannot compete)",
         )
         try:
-            # Maps of the same numbers everywhere are as good as any to see what fits.
-            BudgetSparsityConfig.find_patterns([self._budget(1)], [torch.zeros(1, blocks, blocks)])
+            self._budget(1).check_room(blocks)
         except ConfigError as error:
             raise ConfigError(f"{at}{error}") from error
 

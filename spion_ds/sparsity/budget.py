@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from spion_ds.errors import ConfigError, unknown_name
-from spion_ds.patterns.budget import SCOPES, budget_patterns
+from spion_ds.patterns.budget import SCOPES, budget_patterns, check_room
 from spion_ds.patterns.spion import check_density
 from spion_ds.sparsity.switching import SwitchingSparsityConfig, check_maps
 
@@ -26,7 +26,7 @@ class BudgetSparsityConfig(SwitchingSparsityConfig):
         different_layout_per_head: True; there is a pattern a head.
         density: share of the blocks that may be kept, the diagonal and the floors included.
         scope: who competes: ``"head"`` (nobody), ``"layer"`` (the heads of a layer) or ``"model"``
-            (all heads of all layers of the model that have this scope).
+            (all heads of all layers that have this class and scope).
         causal: whether attention is causal: only blocks on and below the diagonal may be kept, and
             ``density`` is of these; ``SparseSelfAttention(causal=True)`` makes it so.
         row_blocks: blocks that each row of each head keeps at least, the diagonal's among them.
@@ -59,6 +59,15 @@ class BudgetSparsityConfig(SwitchingSparsityConfig):
         self.density = check_density(density)
         self.scope = scope
         self.row_blocks, self.head_blocks = row_blocks, head_blocks
+
+    def check_room(self, blocks: int) -> None:
+        """Raise ConfigError unless the density has room for the diagonal and the floors.
+
+        Args:
+            blocks: a side of the layer's maps.
+        """
+        terms = {name: value for name, value in self._terms().items() if name != "scope"}
+        check_room(blocks, heads=1 if self.scope == "head" else self.num_heads, **terms)
 
     def find_pattern(self, source: Tensor) -> Tensor:
         """Return the bool pattern (num_heads, n, n) of pooled maps of that shape; sets nothing.

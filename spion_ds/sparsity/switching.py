@@ -30,6 +30,8 @@ class SwitchingSparsityConfig(SparsityConfig):
         ConfigError: names the argument, its value and what is allowed.
     """
 
+    causal: bool = False  # of those, too, that do not call __init__
+
     def __init__(
         self,
         num_heads: int,
@@ -68,6 +70,9 @@ class SwitchingSparsityConfig(SparsityConfig):
             return pool_map(attention_map, self.block, self.convolution)
         check_maps("attention_map", attention_map, self.num_heads)
         return torch.stack([pool_map(a, self.block, self.convolution) for a in attention_map])
+
+    def check_room(self, blocks: int) -> None:
+        """Raise ConfigError if ``blocks`` a side have no room for what a pattern must keep."""
 
     def find_pattern(self, source: Tensor) -> Tensor:
         """Return the pattern that ``source`` gives, in the shape of ``pattern``; sets nothing."""

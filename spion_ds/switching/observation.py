@@ -82,14 +82,15 @@ def _nothing_to_switch(model: nn.Module) -> str:
 
 
 class Probe:
-    """An observer that looks at nothing: it notes that a pass came by."""
+    """An observer that looks at nothing: it notes that a pass came by, and how long it was."""
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.seen = self.length = 0
 
-    def add(self, *_: Any, **__: Any) -> None:
-        """Count a pass."""
+    def add(self, *seen: Any, **_: Any) -> None:
+        """Count a pass, whose queries (B, H, L, D) come first."""
         self.seen += 1
+        self.length = seen[0].shape[2]
 
 
 class MapObserver:
@@ -120,6 +121,11 @@ class MapObserver:
         """Of the map, once a pass was seen."""
         assert self.maps.total is not None
         return tuple(self.maps.total.shape)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the last pass."""
+        return 0 if self._like is None else self._like[0].shape[2]
 
     @property
     def surprised(self) -> bool:
@@ -205,6 +211,11 @@ class Observation:
                     "the step was given; give the masks (B, L) of all of this rank's "
                     "micro-batches as attention gets them, or none"
                 )
+            try:
+                length = layer.attention.max_seq_length or observer.length
+                layer.sparsity.check_room(-(-length // layer.sparsity.block))
+            except ConfigError as error:  # now, and not after a long dense phase
+                return f"{layer.name} cannot get a pattern: {error}"
         return ""
 
 

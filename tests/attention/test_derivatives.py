@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import func
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from spion_ds.attention import (
     BlockLayout,
@@ -162,3 +163,14 @@ def test_dense_attention_is_pytorchs(qkv):
     leaves = [x.clone().requires_grad_() for x in qkv]
     (expected,) = torch.autograd.grad(function(*leaves).sum(), leaves[:1])
     assert torch.allclose(gradient_of_first(function)(*qkv), expected, atol=1e-6)
+
+
+def test_a_checkpoint_unpacks_saved_tensors_once():
+    layout = BlockLayout.from_mask(torch.ones(2, 2, dtype=torch.bool), 16)
+    q, k, v = (torch.randn(1, 1, 32, 8, requires_grad=True) for _ in range(3))
+
+    def attend(*inputs):
+        return block_sparse_attention(*inputs, layout, backend="torch")
+
+    checkpoint(attend, q, k, v, use_reentrant=False).sum().backward(create_graph=True)
+    assert q.grad is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from spion_ds.attention import (
     AttentionMapAccumulator,
@@ -77,6 +78,44 @@ def test_padded_tokens_reach_no_real_token(backend, zeroed, causal, value, devic
         )
 
     assert_padding_reaches_nothing(attend, device, value, given=value if zeroed else 0.0)
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "torch", CPP, "dense"])
+def test_padding_that_is_finite_but_overflows_reaches_no_real_token(backend, zeroed, device):
+    layout = BlockLayout.from_mask(MASK.to(device), BLOCK)
+    dense = SparseSelfAttention(SpionSparsityConfig(HEADS, BLOCK), zero_padded_queries=zeroed)
+    named = {"key_padding_mask": REAL.to(device)}
+
+    def attend(q, k, v):
+        if backend == "dense":
+            return dense(q, k, v, **named)
+        named.update(zero_padded_queries=zeroed, backend=backend)
+        return block_sparse_attention(q, k, v, layout, **named)
+
+    assert_padding_reaches_nothing(attend, device, 3e38)
+
+
+def test_padding_that_overflows_only_in_autocasts_dtype_reaches_no_real_token():
+    q, k, v, _ = drawn("cpu")
+    dense = SparseSelfAttention(SpionSparsityConfig(HEADS, BLOCK))
+    with torch.autocast("cpu", torch.float16):
+        found = dense(q, with_padding(k, 7e4), with_padding(v, 7e4), REAL)
+        wanted = dense(q, with_padding(k, 0.0), with_padding(v, 0.0), REAL)
+    real = REAL[:, None, :, None].expand_as(q)
+    assert torch.equal(found[real], wanted[real])
+
+
+def test_a_look_at_values_stands_in_the_way_of_no_tracing():
+    q, k, v, _ = drawn("cpu")
+    dense = SparseSelfAttention(SpionSparsityConfig(HEADS, BLOCK)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        assert dense(*fakes, REAL).shape == q.shape
+    traced = torch.jit.trace(lambda q, k, v: dense(q, k, v, REAL), (q, k, v), check_trace=False)
+    real = REAL[:, None, :, None].expand_as(q)
+    found = traced(q, with_padding(k, NAN), with_padding(v, NAN))
+    assert torch.equal(found[real], dense(q, k, v, REAL)[real])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -137,3 +137,21 @@ def test_the_quantile_of_a_causal_map_is_of_what_may_be_kept(variant: str) -> No
     marked = found & ~torch.eye(N, dtype=torch.bool)
     assert (pooled[marked] > below.quantile(0.6)).all()
     assert not found.triu(1).any()
+
+
+def test_a_configuration_serves_attention_of_one_kind() -> None:
+    config = BudgetSparsityConfig(HEADS, 16)
+    SparseSelfAttention(config)
+    with pytest.raises(ConfigError, match="belongs to attention that is not causal already"):
+        SparseSelfAttention(config, causal=True)
+    assert not config.causal
+
+
+def test_a_density_without_room_is_named_before_anything_is_trained() -> None:
+    config = BudgetSparsityConfig(HEADS, 16, density=0.06)
+    with pytest.raises(
+        ConfigError, match=r"density is 0\.06; allowed: from 0\.0667 up: .* 30 head"
+    ):
+        BudgetSparsityConfig(30, 16, density=0.06).check_room(15)
+    with pytest.raises(ConfigError, match=r"density is 0\.06; allowed: from 0\.1177 up"):
+        SparseSelfAttention(config, causal=True, max_seq_length=256)

@@ -15,7 +15,12 @@ from spion_ds import DenseToSparse
 from spion_ds.attention import SparseSelfAttention, attention_map
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.patterns import DistanceRule, FixedStepRule, TransitionReport
-from spion_ds.sparsity import DenseSparsityConfig, SpionSparsityConfig, find_patterns
+from spion_ds.sparsity import (
+    BudgetSparsityConfig,
+    DenseSparsityConfig,
+    SpionSparsityConfig,
+    find_patterns,
+)
 from spion_ds.switching import Event, PatternError
 from tests.switching.toy import BLOCK, FILTER, LENGTH, Toy, micro_batches, samples, toy, train_step
 
@@ -279,6 +284,14 @@ def test_maps_that_are_not_finite_are_named_and_the_next_step_is_looked_at() -> 
     with torch.no_grad():
         weight.copy_(before)
     assert switch.looks_at(3)
+
+
+def test_a_density_without_room_is_named_at_the_first_step() -> None:
+    model, (x, mask, _) = toy(), samples(1, 2)
+    model.layers[1].attention.sparsity_config = BudgetSparsityConfig(2, BLOCK, density=0.2)
+    switch = DenseToSparse(model, FixedStepRule(), check_every=100)
+    with pytest.raises(ConfigError, match=r"layers\.1\.attention cannot get a pattern: density is"):
+        look_at(switch, model, 1, [(x, mask)])
 
 
 def test_refreshing_replaces_the_patterns() -> None:
