@@ -19,6 +19,7 @@ import yaml
 from spion_ds.data.storage.cache import Dataset
 from spion_ds.data.task import Task
 from spion_ds.data.tasks import TASKS, get_task
+from spion_ds.distributed.standard_streams import mend_streams
 from spion_ds.errors import ConfigError, SpionError, unknown_name
 from spion_ds.settings import read_dataclass
 
@@ -68,6 +69,7 @@ def describe(task: Task, dataset: Dataset) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the data the command line asks for; return the exit code."""
+    mend_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="listops", help=", ".join(TASKS))
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all caches")

@@ -189,8 +189,8 @@ def swapped(other: Path) -> Damage:
 RANDOM = (flip, flip, cut, scramble, nonsense)
 
 
-class Hangs(Exception):
-    """A reader waits for something that will not come."""
+class Hangs(BaseException):
+    """A reader waits for something that will not come; no Exception, which a reader may catch."""
 
 
 @contextlib.contextmanager

@@ -74,6 +74,11 @@ def _make_run(folder: Path) -> list[Path]:
     return [step / name for name in ("manifest.json", "state.pt", "weights.pt")]
 
 
+def _make_whole_run(folder: Path) -> list[Path]:
+    files = _make_run(folder)
+    return [*files, folder / "checkpoints" / "best", folder / "config.yaml"]
+
+
 def _seal_run(folder: Path) -> None:
     (folder / STEP / "manifest.json").unlink()
     write_manifest(folder / STEP, 4, 4)
@@ -260,10 +265,14 @@ def _files(task: str, config: Any, make: Callable[[Path], Iterable[Path]]) -> Re
 
 
 READERS = [
-    Reader("a run", _make_run, _read_run, summed=True, seal=_seal_run),
+    Reader("a run", _make_whole_run, _read_run, summed=True, seal=_seal_run),
     Reader(
         "a run to resume",
-        lambda folder: [*_make_run(folder), folder / STEP / "zero_optim_states.pt"],
+        lambda folder: [
+            *_make_run(folder),
+            folder / STEP / "zero_optim_states.pt",
+            folder / "checkpoints" / "latest",
+        ],
         _resume,
         summed=True,
         seal=_seal_run,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable
 
-import torch
-
 from spion_ds.distributed import heartbeat
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT, LostRankError
+from spion_ds.distributed.machine import of_the_machine
 from spion_ds.distributed.meeting import has_spoken, let_first_speak
 from spion_ds.distributed.process_group import MissingRankError, discover_ranks, leave, store
 from spion_ds.distributed.standard_streams import mend_streams
@@ -34,12 +32,15 @@ def run_command(command: Callable[[], object]) -> int:
         return STOPPED_EXIT
     except SpionError as error:
         lost = isinstance(error, MissingRankError | LostRankError)
-        if _speaks(error):
+        speaks = _speaks(error)
+        if not speaks and not lost:
+            # The launcher ends all ranks when this one has left. If rank 0 has no error, this
+            # rank is alone with its own.
+            speaks = not let_first_speak()
+        if speaks:
             line = "\n" if lost else ""  # a progress bar may stand on this one
             print(f"{line}error: {error}", file=sys.stderr, flush=True)
             has_spoken()
-        elif not lost:
-            let_first_speak()  # the launcher ends all ranks when this one has left
         return LOST_RANK_EXIT if lost else USER_ERROR_EXIT
     except (OSError, MemoryError, RuntimeError) as error:
         told = of_the_machine(error)
@@ -61,21 +62,3 @@ def _speaks(error: SpionError) -> bool:
     if isinstance(error, LostRankError):
         return heartbeat.speaks(ranks, str(error))
     return ranks.is_first or store() is None
-
-
-def of_the_machine(error: Exception) -> str | None:
-    """Return a sentence for an error that the machine's limits explain, None for any other."""
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename is not None else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; make room, and go on with --resume, from the last checkpoint" if full else ""
-        return f"{where}{error.strerror or error}{advice}"
-    # PyTorch has no type of its own for a CPU that is out of memory.
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if memory or "can't allocate memory" in str(error):
-        return (
-            f"rank {discover_ranks().rank} is out of memory "
-            f"({(str(error) or 'RAM').splitlines()[0]}); set a smaller "
-            "training.micro_batch_size, model.activation_checkpointing=true or offload with ZeRO"
-        )
-    return None

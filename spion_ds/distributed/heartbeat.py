@@ -84,7 +84,7 @@ class Watch:
         try:
             if error is None:
                 self.agreement.barrier()
-            elif _lost_contact(error, trace):
+            elif lost_contact(error, trace):
                 raise LostRankError(self._cause()) from error
             else:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -249,7 +249,7 @@ def _frames_of(trace: TracebackType | None) -> list[str]:
     return names
 
 
-def _lost_contact(error: BaseException, trace: TracebackType | None) -> bool:
+def lost_contact(error: BaseException, trace: TracebackType | None) -> bool:
     """Return whether an error comes of a collective operation: another rank's failure."""
     # A handle that was waited for leaves no frame of torch.distributed, but gloo's own message.
     if isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|closed by peer", str(error)):

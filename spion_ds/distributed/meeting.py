@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from spion_ds.distributed import process_group
+from spion_ds.distributed.machine import of_the_machine
 from spion_ds.distributed.process_group import MissingRankError, Ranks, meet, missing, store
 from spion_ds.errors import ConfigError, SpionError
 
@@ -29,21 +30,23 @@ def prepare_together(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run ``work`` on every rank, and let all meet; an error on any of them is raised on all.
 
     Raises:
-        SpionError: the error of ``work``, which names its ranks unless it is rank 0's.
+        SpionError: the error of ``work``, which names its ranks unless it is rank 0's. On the rank
+            of any other kind of error it is that.
         MissingRankError: the others did not come; ``work`` had no error here.
     """
     result: list[T] = []
-    error = None
+    error: Exception | None = None
+    text = ""
     try:
         result.append(work())
-    except SpionError as raised:
-        error = raised
+    except Exception as raised:
+        error, text = _as_told(raised)
     if ranks.world_size > 1:
         try:
-            told = _exchange(ranks, "" if error is None else str(error))
+            told = _exchange(ranks, text)
         except (MissingRankError, ConfigError) as alone:
             raise error or alone from None
-        if error is None or len(set(told)) > 1:
+        if error is None or (isinstance(error, SpionError) and len(set(told)) > 1):
             error = _union(told)
     if error is not None:
         raise error
@@ -57,11 +60,23 @@ def has_spoken() -> None:
             store().set(_SAID, "")
 
 
-def let_first_speak() -> None:
-    """Wait on another rank until rank 0 has printed why all end, or is gone."""
+def let_first_speak() -> bool:
+    """Wait on another rank until rank 0 has printed why all end; return whether it has."""
     if store() is not None:
         with contextlib.suppress(RuntimeError):
             store().wait([_SAID], _SAYING)
+            return True
+    return False
+
+
+def _as_told(error: Exception) -> tuple[Exception, str]:
+    """Return an error as this rank raises it, and as the others do."""
+    if isinstance(error, SpionError):
+        return error, str(error)
+    told = of_the_machine(error)
+    if told is None:  # a fault of ours: its traceback belongs here
+        return error, f"{type(error).__name__}: {error}".splitlines()[0]
+    return SpionError(told), told
 
 
 def _exchange(ranks: Ranks, error: str) -> list[str]:

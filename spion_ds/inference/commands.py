@@ -32,6 +32,7 @@ from spion_ds.sparsity import read_sparse_attention
 from spion_ds.switching.masks import density_text, get_masks
 from spion_ds.training.checkpoints.checkpoint import load_state
 from spion_ds.training.checkpoints.files import find_checkpoint
+from spion_ds.training.checkpoints.resuming import check_identity
 from spion_ds.training.config.run import build_run_config
 from spion_ds.training.reports.run_log import peak_memory_bytes, reset_peak_memory
 from spion_ds.training.session import prepare_data, saved_recipe
@@ -130,15 +131,19 @@ def open_model(
     dtype = None if precision is None else PRECISIONS[precision]
     if is_saved_model(place):
         config = read_model_config(place)
-        if not config.get("task") or config.get("data") is None:
+        told: dict[str, Any] = {"phase": "sparse", "step": 0, "batch_size": 32}
+        if isinstance(config.get("trained"), dict):
+            told |= config["trained"]
+        facts = {name: told[name] for name in ("phase", "step", "batch_size")}
+        known = isinstance(config.get("task"), str) and isinstance(config.get("data"), dict)
+        if not known or [type(value) for value in facts.values()] != [str, int, int]:
             raise CheckpointError(
-                f"the model in {place} was saved without its task; save it with task= and data=, "
+                f"the model in {place} was saved without its task, or with values of other types "
+                "in 'trained'; save it with task= and data=, "
                 "or export a checkpoint with --export"
             )
         data = read_dataclass(get_task(config["task"]).config_class, config["data"], "data")
-        trained = {"phase": "sparse", "step": 0, "batch_size": 32, **(config["trained"] or {})}
         model = load_model(place, device, dtype)
-        facts = {name: trained[name] for name in ("phase", "step", "batch_size")}
         return TrainedModel(model, config["task"], data, place, **facts)
     folder = find_checkpoint(place, "best")
     state, saved = load_state(folder)
@@ -152,6 +157,7 @@ def open_model(
         world_size=1,
         device_type=device.type,
     )
+    check_identity(folder, saved, run)
     model = load_checkpoint_model(folder, run, device)
     if dtype is not None:
         model = model.to(dtype)

@@ -60,7 +60,7 @@ def save_model(
         CheckpointError: a weight is not finite.
         ConfigError: the folder is taken, or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     check_new_folder(folder)
     check_weights(model.state_dict(), "the model to save")
     masks = get_masks(model, model.sizes["max_length"])

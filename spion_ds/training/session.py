@@ -18,12 +18,12 @@ from spion_ds.data.baselines import majority_baseline
 from spion_ds.data.storage.cache import Dataset
 from spion_ds.data.tasks import get_task
 from spion_ds.distributed.agreement import Agreement
-from spion_ds.distributed.ending import of_the_machine
 from spion_ds.distributed.heartbeat import Watch
 from spion_ds.distributed.meeting import prepare_together
 from spion_ds.distributed.process_group import Ranks, check_devices, discover_ranks, join
 from spion_ds.distributed.stopping import Stopped, StopRequest
-from spion_ds.errors import CheckpointError, ConfigError, SpionError
+from spion_ds.durable_files import read_json
+from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoints.checkpoint import check_harmless, load_state
 from spion_ds.training.checkpoints.files import find_checkpoint, has_checkpoint, is_checkpoint
@@ -101,7 +101,7 @@ def train(options: TrainOptions, request: StopRequest | None = None) -> None:
                 )
             if agreement.from_first(lambda: _finished(options, checkpoint, config)):
                 return
-            agreement.together(lambda: rehearse(config.resolved))
+            rehearse(config.resolved)
             resume = None if checkpoint is None else _verify(options, config, ranks, agreement)
             dataset = prepare_data(config.task, config.data, options.data_dir, ranks, agreement)
             agreement.from_first(lambda: check_samples(config, dataset))
@@ -130,16 +130,13 @@ def _prepare(
     options: TrainOptions, ranks: Ranks, lock: RunLock, request: StopRequest
 ) -> tuple[Path | None, RunConfig]:
     """Return the checkpoint to go on from and the configuration, checked on this rank alone."""
-    try:
-        if ranks.is_first:
-            _take_resumed(options, lock)
-        checkpoint = _checkpoint_to_resume(options)
-        request.end_at_once(has_checkpoint=checkpoint is not None)
-        config = _configure(options, checkpoint, ranks)
-        get_task(config.task).check_source(config.data)
-        check_devices(ranks)
-    except (OSError, MemoryError) as error:
-        raise SpionError(of_the_machine(error)) from error
+    if ranks.is_first:
+        _take_resumed(options, lock)
+    checkpoint = _checkpoint_to_resume(options)
+    request.end_at_once(has_checkpoint=checkpoint is not None)
+    config = _configure(options, checkpoint, ranks)
+    get_task(config.task).check_source(config.data)
+    check_devices(ranks)
     return checkpoint, config
 
 
@@ -159,13 +156,14 @@ def _finished(options: TrainOptions, checkpoint: Path | None, config: RunConfig)
         return False
     step, folder = load_state(checkpoint)[0].step, checkpoint.parent.parent
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(folder / "summary.json")
         summed_up = sum(summary[phase]["steps"] for phase in ("dense", "sparse"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # it was killed after its last step
+        table = summary_table(summary)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # it was killed after its last step, or while it wrote this
     if step < config.training.steps or summed_up != step:
         return False
-    print(f"{summary_table(summary)}\n\nrun folder: {folder}, finished before", flush=True)
+    print(f"{table}\n\nrun folder: {folder}, finished before", flush=True)
     return True
 
 
@@ -192,7 +190,9 @@ def prepare_data(
         dataset = agreement.together(lambda: prepare(data, data_dir))
     else:
         agreement.together(lambda: None)
-        dataset = prepare(data, data_dir, verify=False)
+        dataset = agreement.together(lambda: prepare(data, data_dir, verify=False))
+        return dataset
+    agreement.together(lambda: None)
     return dataset
 
 
@@ -262,7 +262,7 @@ def _checkpoint_to_resume(
 def _place_to_resume(options: TrainOptions) -> Path:
     if options.resume in (None, "", AUTO):
         return options.run_dir / _run_name(options)
-    return Path(options.resume)
+    return Path(options.resume).resolve()  # its run is two folders above
 
 
 def _run_name(options: TrainOptions) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spion_ds.data.storage import restricted_pickle
 from spion_ds.data.storage.restricted_pickle import load_pickle, whole_numbers
 from spion_ds.errors import DataError
 
@@ -193,3 +194,17 @@ def test_whole_numbers_are_a_number_a_flat_list_or_an_array() -> None:
         found = whole_numbers(good)
         assert found is not None
         assert found.max() == 3
+
+
+def test_what_is_encoded_is_text_and_is_not_hashed_before_that_is_known() -> None:
+    call = b"c_codecs\nencode\n"
+    deep = b"(" * 1 + b")" + b"\x85" * 1_000_000  # a tuple in a tuple, a million times
+    refused(b"\x80\x02" + call + deep[1:] + b"X\x06\x00\x00\x00latin1\x86R.")
+    doubled = b")" + b"q\x00h\x00\x86" * 60  # as a tree it has 2^60 leaves
+    refused(b"\x80\x02" + call + doubled + b"X\x06\x00\x00\x00latin1\x86R.")
+
+
+def test_a_shape_of_huge_numbers_is_refused_before_they_are_multiplied() -> None:
+    huge = (1 << 1_000_000,) * 200  # a product of 200 million bits
+    with pytest.raises(pickle.UnpicklingError, match="shape does not fit its bytes"):
+        restricted_pickle._array(b"x", np.dtype("u1"), huge, "C")

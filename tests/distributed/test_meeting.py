@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from spion_ds.distributed import meeting, process_group
+from spion_ds.distributed import ending, meeting, process_group
 from spion_ds.distributed.ending import USER_ERROR_EXIT, run_command
 from spion_ds.distributed.meeting import prepare_together
 from spion_ds.distributed.process_group import Ranks
@@ -114,3 +114,26 @@ def test_a_rank_that_meets_nobody_prints_its_own_error(
     assert run_command(lambda: prepare_together(Ranks(rank, 2, rank, 2), work)) == USER_ERROR_EXIT
     assert capsys.readouterr().err == "error: a batch of 7 does not divide\n"
     assert process_group.store() is None
+
+
+def test_a_fault_of_ours_on_one_rank_is_told_and_nobody_waits(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            raise TypeError("a fault of ours")
+
+    launched(work, 2, tmp_path / "log")
+    # By rank 0 as a sentence or by rank 1 as a traceback, whoever comes first.
+    assert "TypeError: a fault of ours" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_that_is_alone_with_its_error_prints_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ending, "_speaks", lambda _: False)  # rank 1, after the meeting
+    monkeypatch.setattr(ending, "let_first_speak", lambda: False)  # rank 0 has no error
+
+    def work() -> None:
+        raise ConfigError("its share is damaged")
+
+    assert run_command(work) == USER_ERROR_EXIT
+    assert capsys.readouterr().err == "error: its share is damaged\n"

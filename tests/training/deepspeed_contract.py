@@ -202,6 +202,19 @@ def test_every_key_of_the_configuration_is_looked_for_in_the_mapping(setup: Setu
         check_with_deepspeed(wrong)
 
 
+@pytest.mark.parametrize("name", ["tb", "wandb", "comet"])
+def test_monitors_say_whether_their_package_is_there(name: str) -> None:
+    from deepspeed.monitor import utils
+
+    with (
+        mock.patch.dict(
+            sys.modules, dict.fromkeys(("torch.utils.tensorboard", "wandb", "comet_ml"))
+        ),
+        pytest.raises(ImportError),
+    ):
+        getattr(utils, f"check_{name}_availability")()
+
+
 def test_the_converter_to_universal_checkpoints_takes_these_options() -> None:
     words = [sys.executable, "-m", "spion_ds.training.checkpoints.universal", "--help"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

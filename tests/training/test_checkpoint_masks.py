@@ -14,7 +14,7 @@ from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoints import checkpoint
 from spion_ds.training.checkpoints.checkpoint import TrainingState, load_state
-from spion_ds.training.checkpoints.files import write_manifest
+from spion_ds.training.checkpoints.files import find_checkpoint, write_manifest, write_pointer
 from spion_ds.training.step.evaluation import build_model, load_checkpoint_model
 from tests.training.launching import TINY
 from tests.training.test_config import build
@@ -164,3 +164,18 @@ def test_a_file_with_one_bit_changed_is_not_loaded(name: str, tmp_path: Path) ->
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} is damaged: it does not have the sha256"):
         load_checkpoint_model(tmp_path, config, torch.device("cpu"))
+
+
+def test_a_changed_state_in_the_latest_checkpoint_means_the_one_before(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    for step in (2, 4):
+        folder = root / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        save_state(folder, None)
+    write_pointer(root, "latest", "step-000004")
+    assert find_checkpoint(tmp_path) == root / "step-000004"
+    state = root / "step-000004" / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    assert find_checkpoint(tmp_path) == root / "step-000002"

@@ -25,6 +25,8 @@ ZERO = {
     "zero3-both": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
 }
 CHECKPOINTING = "model.activation_checkpointing=true"
+# One of each way to hold parameters and optimizer.
+CHECKPOINTED = ("zero0", "zero2-optimizer", "zero3-both")
 
 
 def sessions(folder: Path, precision: str) -> list[dict[str, Any]]:
@@ -33,7 +35,8 @@ def sessions(folder: Path, precision: str) -> list[dict[str, Any]]:
     for name, zero in ZERO.items():
         path = folder / f"{name}.json"
         path.write_text(json.dumps({**given, "zero_optimization": zero}))
-        for suffix, more in (("", []), ("-checkpointing", [CHECKPOINTING])):
+        ways = [("", []), ("-checkpointing", [CHECKPOINTING])]
+        for suffix, more in ways if name in CHECKPOINTED else ways[:1]:
             overrides = [f"training.precision={precision}", *more]
             plan.append({"run_name": name + suffix, "ds_config": str(path), "overrides": overrides})
     return plan

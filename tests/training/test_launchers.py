@@ -50,8 +50,7 @@ def test_launch_lines_work_as_written(launcher: str, alone: Path, tmp_path: Path
     assert_same_run(tmp_path / "runs" / "r", alone)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 4), ("deepspeed", 2), ("mpirun", 2)])
 def test_masks_do_not_depend_on_world_size_stage_or_launcher(
     launcher: str, ranks: int, alone: Path, tmp_path: Path
 ) -> None:

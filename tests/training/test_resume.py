@@ -109,8 +109,8 @@ def test_a_checkpoint_says_where_the_run_stands(tmp_path: Path) -> None:
 def test_resumed_with_other_ranks_and_stages(tmp_path: Path) -> None:
     """Sessions of two ranks, then of one, then of two: each resumes what the one before left."""
     runs = tmp_path / "runs"
-    # Stages 0 to 3 to one rank; from one rank to two; from stage to stage.
-    stages = (0, 1, 2, 3)
+    # To one rank; from one rank to two; from stage to stage. Stage 1 is as stage 2.
+    stages = (0, 2, 3)
     down = [{"run_name": f"down{s}", "stage": s, "stop_at": SWITCH - 1} for s in stages]
     moved = {"moved21": (2, 1), "moved20": (2, 0), "moved31": (3, 1), "moved03": (0, 3)}
     leave = [

@@ -75,6 +75,9 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     _require(isinstance(data, bytes) and isinstance(dtype, np.dtype), "an array has no bytes")
     whole = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
     _require(whole and order in ("C", "F"), "an array has no shape")
+    # Numbers of any length, any number of them, would be multiplied for ever.
+    short = len(shape) <= 32 and all(size < 1 << 40 for size in shape)
+    _require(short, "an array's shape does not fit its bytes")
     size = math.prod(shape) * dtype.itemsize
     _require(size == len(data), f"an array of {size} bytes comes with {len(data)}")
     return np.frombuffer(data, dtype).reshape(shape, order=order)
@@ -157,6 +160,8 @@ class _Unpickler(_PythonUnpickler):
 
     def _encode(self, text: str, encoding: object) -> bytes:
         # How Python 3 writes bytes into pickles that Python 2 shall read.
+        # Hashing a tuple that is nested deeply would overflow the stack.
+        _require(type(text) is str, "it encodes something else than text")
         _require(encoding in ("latin1", b"latin1"), "an encoding is not latin1")
         # The same text again is the same bytes: calls alone must not fill the memory.
         if text not in self._encoded:

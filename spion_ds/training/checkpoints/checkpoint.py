@@ -14,6 +14,7 @@ state.pt and weights.pt hold tensors and plain values, and are read with weights
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 import shutil
@@ -173,6 +174,12 @@ def _check_types(state: TrainingState, run: Any) -> None:
     counts = ("batch_size", "world_size", "zero_stage", "seed")
     if not all(type(run[name]) is int for name in counts) or not isinstance(run["precision"], str):
         raise TypeError("its run has sizes of another type")
+    if run["world_size"] < 1 or run["batch_size"] < 1:
+        raise ValueError("its run has no rank, or no sample a step")
+    rule = state.switch.get("rule", {})
+    before = rule.get("before") if isinstance(rule, dict) else rule
+    if not isinstance(rule, dict) or not all(isinstance(x, Tensor) for x in before or []):
+        raise TypeError("the memory of its rule is of another type")
     if not all(isinstance(run["identity"][section], dict | str) for section in IDENTITY):
         raise TypeError("its run has no identity")
 
@@ -206,6 +213,10 @@ def _check_harmless_file(path: Path) -> None:
     try:  # mapped: the tensors themselves are not read
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises many kinds
+        # The machine's, not the file's; EINVAL is what a file that is cut off gives.
+        is_file = isinstance(error, OSError) and error.errno == errno.EINVAL
+        if isinstance(error, OSError | MemoryError) and not is_file:
+            raise
         raise could_run_code(str(path), error) from error
 
 

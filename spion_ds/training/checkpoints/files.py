@@ -131,6 +131,7 @@ def find_checkpoint(
     for folder in candidates:
         try:
             check_whole(folder, checksums=checksums)
+            read_checked(folder, "state.pt")  # small, and read first
         except CheckpointError as error:
             failures.append(str(error))
             continue
@@ -205,7 +206,7 @@ def _candidates(root: Path, pointer: str) -> list[Path]:
 
 def _pointed(root: Path, pointer: str) -> str | None:
     try:
-        name = (root / pointer).read_text().strip()
+        name = (root / pointer).read_text().strip() if (root / pointer).is_file() else ""
     except (OSError, UnicodeDecodeError):
         return None
     return name if _step(name) >= 0 else None
@@ -213,7 +214,8 @@ def _pointed(root: Path, pointer: str) -> str | None:
 
 def _step(name: str) -> int:
     prefix, _, digits = name.partition("-")
-    return int(digits) if prefix == "step" and digits.isdecimal() else -1
+    number = prefix == "step" and digits.isdecimal() and len(digits) < 20
+    return int(digits) if number else -1
 
 
 def _check_named(folder: Path, checksums: bool) -> None:

@@ -164,15 +164,26 @@ def _convert(folder: Path, target: Path) -> None:
         )
 
 
-def _check_same_run(folder: Path, run: dict[str, Any], config: RunConfig) -> None:
+def check_identity(folder: Path, run: dict[str, Any], config: RunConfig) -> None:
+    """Raise CheckpointError unless a checkpoint is of this task, data, model and pattern.
+
+    Args:
+        folder: the checkpoint.
+        run: what its run was, from ``load_state``.
+        config: what it is taken for, perhaps from a file that was edited.
+    """
     ours = identity(config)
     for section in IDENTITY:
         if run["identity"][section] != ours[section]:
             raise CheckpointError(
                 f"the checkpoint {folder} is of another {section}: "
-                f"{_difference(run['identity'][section], ours[section])}; resume it with its own "
-                "recipe (leave --recipe out), or start a new run"
+                f"{_difference(run['identity'][section], ours[section])}; take it with its own "
+                "recipe (config.yaml as the run wrote it, no --recipe), or start a new run"
             )
+
+
+def _check_same_run(folder: Path, run: dict[str, Any], config: RunConfig) -> None:
+    check_identity(folder, run, config)
     if run["batch_size"] != config.batches.total or run["seed"] != config.training.seed:
         raise CheckpointError(
             f"the checkpoint {folder} was saved with training.batch_size={run['batch_size']} and "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spion_ds.distributed.heartbeat import lost_contact
 from spion_ds.distributed.process_group import import_deepspeed
 from spion_ds.errors import ConfigError, unknown_name
 from spion_ds.training.config.sections import OptimizerConfig, TrainingConfig
@@ -113,7 +114,7 @@ def rehearse(resolved: dict[str, Any]) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = torch.nn.Linear(8, 8)
     config = {key: value for key, value in resolved.items() if key not in _WRITERS}
     try:
@@ -126,6 +127,9 @@ def rehearse(resolved: dict[str, Any]) -> None:
             engine.backward(engine(inputs).float().mean())
             engine.step()
     except Exception as error:  # whatever DeepSpeed and PyTorch stumble on
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if memory or lost_contact(error, error.__traceback__):
+            raise  # no fault of the configuration
         place = traceback.extract_tb(error.__traceback__)[-1].line
         raise ConfigError(
             f"DeepSpeed cannot train with its configuration: {_reason(error)}, at {place!r}; "
@@ -208,7 +212,12 @@ def _check_supported(config: dict[str, Any]) -> None:
         raise ConfigError(f"zero_optimization is {zero!r}; allowed: a mapping, with a stage")
     for what, stages in (("optimizer", (1, 2, 3)), ("param", (3,))):
         block = zero.get(f"offload_{what}") or {}
-        device = block.get("device", "none") if isinstance(block, dict) else block
+        if not isinstance(block, dict):
+            raise ConfigError(
+                f"zero_optimization.offload_{what} is {block!r}; allowed: a mapping, e.g. "
+                '{"device": "cpu"}'
+            )
+        device = block.get("device", "none")
         if device not in ("none", "cpu"):
             raise ConfigError(
                 f"zero_optimization.offload_{what}.device is {device!r}; allowed: 'cpu' or 'none'"
