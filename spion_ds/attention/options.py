@@ -81,8 +81,8 @@ def _is_harmless(x: Tensor) -> bool:
 
 def _can_be_read(x: Tensor) -> bool:
     """Return whether Python sees the values: nothing traces, fakes or transforms them."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    transformed = (
-        torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
-    )
-    return type(x) in (Tensor, torch.nn.Parameter) and not traced and not transformed
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter)
