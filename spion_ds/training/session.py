@@ -262,7 +262,10 @@ def _checkpoint_to_resume(
 def _place_to_resume(options: TrainOptions) -> Path:
     if options.resume in (None, "", AUTO):
         return options.run_dir / _run_name(options)
-    return Path(options.resume).resolve()  # its run is two folders above
+    place = Path(options.resume)
+    # Its run is two folders above, also where it was given from inside or through a link.
+    away = is_checkpoint(place) and place.parent.parent.resolve() != place.resolve().parent.parent
+    return place.resolve() if away else place
 
 
 def _run_name(options: TrainOptions) -> str:

@@ -80,7 +80,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], words: list[object], *exp
         ),
         (["sparse_attention.density=1.5"], ["sparse_attention.density", "1.5"]),
         (["sparse_attention.filter_size=30"], ["filter_size", "30", "odd"]),
-        (["sparse_attention.variant=fc"], ["variant 'fc'", "known: c, cf, f"]),
+        (["sparse_attention.variant=fc"], ["variant 'fc'", "known: budget, c, cf, f"]),
         (["sparse_attention.mode=bigbrd"], ["mode", "bigbrd", "dense", "spion"]),
         (
             ["data.sequence_length=64", "data.max_length=60", "sparse_attention.block=128"],
@@ -208,7 +208,7 @@ def test_batch_that_does_not_divide_over_the_ranks(
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": [1]}},
-            ["offload_optimizer.device is [1]", "'cpu' or 'none'"],
+            ["offload_optimizer is [1]", "allowed: a mapping"],
         ),
         ({"zero_optimization": {"stge": 2}}, ["DeepSpeed refuses", "stge is 2", "ZeroConfig"]),
         ({"zero_optimisation": {}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
