@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +51,36 @@ def budget_patterns(
         ConfigError: names the argument, its value and what is allowed; also a density that is too
             small for the diagonal and the floors.
     """
+    density = check_terms(density, scope, row_blocks, head_blocks)
+    _check_maps(maps, scope)
+    terms: dict[str, Any] = {
+        "causal": causal,
+        "row_blocks": row_blocks,
+        "head_blocks": head_blocks,
+    }
+    groups = [list(maps)] if scope == "model" and maps else [[one] for one in maps]
+    patterns: list[Tensor] = []
+    for group in groups:
+        stacked = torch.cat([one.detach().to(group[0].device, torch.float64) for one in group])
+        alone = 1 if scope == "head" else len(stacked)
+        check_room(stacked.shape[-1], density, heads=alone, **terms)
+        parts = zip(stacked.split(alone), _floors(stacked, **terms).split(alone), strict=True)
+        kept = torch.cat([_largest(part, floor, density, causal) for part, floor in parts])
+        patterns += kept.split([one.shape[0] for one in group])
+    return [pattern.to(one.device) for pattern, one in zip(patterns, maps, strict=True)]
+
+
+def check_terms(density: float, scope: str, row_blocks: int, head_blocks: int) -> float:
+    """Return the density, or raise ConfigError for a term of ``budget_patterns`` out of range."""
     if scope not in SCOPES:
         raise ConfigError(unknown_name("scope", scope, SCOPES))
-    density = check_density(density)
     for name, value in (("row_blocks", row_blocks), ("head_blocks", head_blocks)):
         if type(value) is not int or value < 0:
             raise ConfigError(f"{name} is {value!r}; allowed: whole numbers from 0 up")
+    return check_density(density)
+
+
+def _check_maps(maps: Sequence[Tensor], scope: str) -> None:
     for layer, one in enumerate(maps):
         if one.dim() != 3 or one.shape[0] == 0:
             raise ConfigError(
@@ -69,25 +94,6 @@ def budget_patterns(
             f"scope is 'model', and layers have {sorted(sides)} blocks a side; allowed: one number "
             "in all layers, so that a block costs the same everywhere; or scope 'layer'"
         )
-    for one in [torch.cat(list(maps))] if scope == "model" and maps else maps:
-        alone = 1 if scope == "head" else one.shape[0]
-        check_room(
-            *(one.shape[-1], density),
-            heads=alone,
-            causal=causal,
-            row_blocks=row_blocks,
-            head_blocks=head_blocks,
-        )
-    competing = [[one] for one in maps] if scope != "model" else [list(maps)] if maps else []
-    patterns: list[Tensor] = []
-    for group in competing:
-        stacked = torch.cat([one.detach().to(group[0].device, torch.float64) for one in group])
-        floors = _floors(stacked, causal, row_blocks, head_blocks)
-        alone = 1 if scope == "head" else len(stacked)
-        parts = zip(stacked.split(alone), floors.split(alone), strict=True)
-        kept = torch.cat([_largest(part, floor, density, causal) for part, floor in parts])
-        patterns += kept.split([one.shape[0] for one in group])
-    return [pattern.to(one.device) for pattern, one in zip(patterns, maps, strict=True)]
 
 
 def _allowed(n: int, causal: bool, device: torch.device) -> Tensor:

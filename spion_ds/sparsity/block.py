@@ -86,8 +86,8 @@ class SparseAttentionConfig:
         blocks = -(-sequence_length // self.block)
         if self.variant == BUDGET:
             self._validate_budget(blocks)
-        # The diagonal is always kept; cf and f do not use the density.
-        least = 1.0 / blocks if self.variant in ("c", BUDGET) else 0.0
+        # The diagonal is always kept; cf and f do not use the density, and budget was asked above.
+        least = 1.0 / blocks if self.variant == "c" else 0.0
         require(
             least <= self.density <= 1.0 and self.density > 0.0,
             f"{at}density",

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spion_ds.errors import ConfigError, unknown_name
-from spion_ds.patterns.budget import SCOPES, budget_patterns, check_room
-from spion_ds.patterns.spion import check_density
+from spion_ds.errors import ConfigError
+from spion_ds.patterns.budget import budget_patterns, check_room, check_terms
 from spion_ds.sparsity.switching import SwitchingSparsityConfig, check_maps
 
 
@@ -51,12 +50,7 @@ class BudgetSparsityConfig(SwitchingSparsityConfig):
                 "for a budget; leave it True, or take SpionSparsityConfig's variant 'c', the "
                 "largest blocks of the mean map"
             )
-        if scope not in SCOPES:
-            raise ConfigError(unknown_name("scope", scope, SCOPES))
-        for name, value in (("row_blocks", row_blocks), ("head_blocks", head_blocks)):
-            if type(value) is not int or value < 0:
-                raise ConfigError(f"{name} is {value!r}; allowed: whole numbers from 0 up")
-        self.density = check_density(density)
+        self.density = check_terms(density, scope, row_blocks, head_blocks)
         self.scope = scope
         self.row_blocks, self.head_blocks = row_blocks, head_blocks
 

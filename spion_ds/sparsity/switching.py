@@ -30,7 +30,7 @@ class SwitchingSparsityConfig(SparsityConfig):
         ConfigError: names the argument, its value and what is allowed.
     """
 
-    causal: bool = False  # of those, too, that do not call __init__
+    causal: bool = False  # also where a subclass does not call __init__
 
     def __init__(
         self,
