@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's content."""
+def replace_text(path: Path, text: str) -> None:
+    """Give a file a new content: after a crash it has this or the one before, never half of it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def sha256_of(path: Path, seen: Callable[[int], object] = lambda _: None) -> str:
+    """Return the hexadecimal sha256 of a file's content; ``seen`` is told of each bytes read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            seen(len(block))
     return digest.hexdigest()
 
 

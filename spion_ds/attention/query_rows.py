@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.observing import captures
 from spion_ds.errors import ConfigError
 
 # Crops that a layout keeps for eager calls. Decoding asks for one, a block's tokens long.
@@ -47,7 +48,7 @@ def rows_of_queries(
     if hold or torch.compiler.is_compiling():
         _derive(layout, held)
         return layout.plans[held]
-    if layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if captures(layout.device):
         if recent not in layout.plans:
             raise ConfigError(
                 f"a CUDA graph is being captured with the rows {first} to {last - 1} of a layout, "

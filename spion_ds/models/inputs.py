@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spion_ds.attention.observing import captures
 from spion_ds.errors import DataError
 
 
@@ -37,9 +38,7 @@ def check_ids(input_ids: Tensor, ids: int) -> None:
     A CUDA device cannot say which id an embedding lacks, and is lost to the process. Within
     compiled and captured passes nothing is checked.
     """
-    if torch.compiler.is_compiling() or not input_ids.numel():
-        return
-    if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or captures(input_ids.device) or not input_ids.numel():
         return
     lowest, highest = (int(end) for end in torch.aminmax(input_ids))
     if lowest < 0 or highest >= ids:

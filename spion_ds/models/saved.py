@@ -62,12 +62,12 @@ def save_model(
     """
     folder = Path(os.path.abspath(folder))
     check_new_folder(folder)
-    check_weights(model.state_dict(), "the model to save")
     masks = get_masks(model, model.sizes["max_length"])
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()
     }
+    check_weights(tensors, "the model to save")
     for layer, mask in enumerate(masks or []):
         tensors[f"{_MASK}{layer}"] = mask_bits(mask)
     config = {

@@ -125,10 +125,3 @@ def new_folder(run_dir: Path, name: str, if_taken: str, lock: RunLock) -> Path:
         else:
             lock.take(folder)
             return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that never has half of its content."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

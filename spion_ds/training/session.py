@@ -22,7 +22,7 @@ from spion_ds.distributed.heartbeat import Watch
 from spion_ds.distributed.meeting import prepare_together
 from spion_ds.distributed.process_group import Ranks, check_devices, discover_ranks, join
 from spion_ds.distributed.stopping import Stopped, StopRequest
-from spion_ds.durable_files import read_json
+from spion_ds.durable_files import read_json, replace_text
 from spion_ds.errors import CheckpointError, ConfigError
 from spion_ds.extension import cuda_operators_available, operators_available
 from spion_ds.training.checkpoints.checkpoint import check_harmless, load_state
@@ -35,7 +35,7 @@ from spion_ds.training.config.run import RunConfig, build_run_config
 from spion_ds.training.config.strict_files import read_yaml
 from spion_ds.training.reports.run_log import seconds_per_step
 from spion_ds.training.reports.summary import summary_table
-from spion_ds.training.run_folder import RunLock, continue_folder, new_folder, write_whole
+from spion_ds.training.run_folder import RunLock, continue_folder, new_folder
 from spion_ds.training.step.evaluation import Evaluation, evaluate, load_checkpoint_model
 from spion_ds.training.trainer import Trainer
 
@@ -186,14 +186,10 @@ def prepare_data(
 ) -> Dataset:
     """Return a task's data; one rank a node makes what is missing, the others wait."""
     prepare = get_task(task).prepare
-    if ranks.local_rank == 0:
-        dataset = agreement.together(lambda: prepare(data, data_dir))
-    else:
-        agreement.together(lambda: None)
-        dataset = agreement.together(lambda: prepare(data, data_dir, verify=False))
-        return dataset
-    agreement.together(lambda: None)
-    return dataset
+    made = agreement.together(lambda: prepare(data, data_dir) if ranks.local_rank == 0 else None)
+    return agreement.together(
+        lambda: prepare(data, data_dir, verify=False) if made is None else made
+    )
 
 
 def _compile_operators(ranks: Ranks) -> None:
@@ -316,8 +312,8 @@ def _run_folder(
 def _introduce(config: RunConfig, folder: Path, ranks: Ranks, resume: Resume | None) -> None:
     """Print the run configuration and save it with the run."""
     text = yaml.safe_dump(config.to_mapping(), sort_keys=False)
-    write_whole(folder / "config.yaml", text)
-    write_whole(folder / "ds_config.json", json.dumps(config.resolved, indent=2) + "\n")
+    replace_text(folder / "config.yaml", text)
+    replace_text(folder / "ds_config.json", json.dumps(config.resolved, indent=2) + "\n")
     batches = config.batches
     print(text)
     print(
@@ -355,7 +351,7 @@ def _sum_up(
     table = summary_table(summary)
     trainer.log.text("summary", table)
     trainer.log.close()
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{table}\n\nrun folder: {folder}\nlook at it: tensorboard --logdir {folder.parent}")
 
 

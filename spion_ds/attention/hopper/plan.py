@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spion_ds.attention.layout import BlockLayout
+from spion_ds.attention.observing import captures
 from spion_ds.errors import ConfigError
 
 TOKENS = 64
@@ -117,7 +118,7 @@ def work_lists(layout: BlockLayout, problem: Problem) -> WorkLists:
 )
 @torch.inference_mode(False)  # a training step may come to read them
 def _derive(layout: BlockLayout, problem: Problem, name: tuple) -> None:
-    if layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if captures(layout.device):
         raise ConfigError(
             "a CUDA graph is being captured with a layout that the hopper backend meets for the "
             f"first time with {problem}; run the step once before, or call prepare_layout"

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from spion_ds.durable_files import flush, sha256_of
+from spion_ds.durable_files import flush, read_json, sha256_of
 from spion_ds.errors import DataError
 
 FORMAT_VERSION = 1
@@ -277,7 +277,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise _damaged(folder, _MANIFEST, "is missing")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path)
         version, files = manifest["format_version"], manifest["files"]
         name = _folder_name(manifest["task"], manifest["parameters"])
         entries = {key: files[key] for key in _file_names()}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from spion_ds.data.storage.cache import Dataset, prepare_cache, temporary_path
 from spion_ds.data.storage.threads import map_in_threads
+from spion_ds.durable_files import sha256_of
 from spion_ds.errors import DataError
 
 # Seconds after which hashing shows its progress.
@@ -93,15 +94,10 @@ def _hash(task: str, files: Mapping[str, Path], size: int) -> str:
 
 
 def _sha256(path: Path, seen: Callable[[int], object]) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-                seen(len(block))
+        return sha256_of(path, seen)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

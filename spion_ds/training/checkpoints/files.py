@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spion_ds.durable_files import flush, read_json, sha256_of
+from spion_ds.durable_files import flush, read_json, replace_text, sha256_of
 from spion_ds.errors import CheckpointError
 
 FORMAT = 1
@@ -155,11 +155,7 @@ def has_checkpoint(run: Path) -> bool:
 
 def write_pointer(root: Path, pointer: str, name: str) -> None:
     """Make ``root/pointer`` ("latest" or "best") name a checkpoint, atomically."""
-    temporary = root / f".{pointer}"
-    temporary.write_text(name)
-    flush(temporary)
-    os.replace(temporary, root / pointer)
-    flush(root)
+    replace_text(root / pointer, name)
 
 
 def publish(incomplete: Path, folder: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 
 from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.distributed.stopping import Stopped, StopRequest
+from spion_ds.durable_files import replace_text
 from spion_ds.errors import ConfigError, SpionError
 from spion_ds.settings import read_dataclass, require
 from spion_ds.training.config.recipe_files import read_deepspeed_json, read_recipe
@@ -291,7 +292,5 @@ def _write_table(options: ReproduceOptions, runs: Sequence[Run]) -> str:
         groups.setdefault((run.recipe, attention), []).append(result)
     table = results_table(groups, options.plan.overrides)
     options.run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = options.run_dir / ".results.md"
-    temporary.write_text(table)
-    os.replace(temporary, options.run_dir / "results.md")
+    replace_text(options.run_dir / "results.md", table)
     return table

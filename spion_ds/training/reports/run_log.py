@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import statistics
 import sys
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spion_ds.durable_files import replace_text
 from spion_ds.training.reports.pictures import map_picture, mask_picture
 
 
@@ -188,9 +188,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     rows = [row for row in _lines(path) if _stays(row, step)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(row + "\n" for row in rows))
-    os.replace(temporary, path)
+    replace_text(path, "".join(row + "\n" for row in rows))
 
 
 def _stays(row: str, step: int) -> bool:
