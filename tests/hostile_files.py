@@ -57,14 +57,14 @@ class Reader:
     seal: Callable[[Path], None] | None = None
 
 
-class Calls:
-    """Writes into a file where it is unpickled."""
+class Executes:
+    """Makes a folder where it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (str(self.mark), "w")
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def _replace(make: Callable[[Path], object]) -> Callable[[Path, Path], None]:
 
 
 def _torch_pickle(path: Path, mark: Path) -> None:
-    torch.save({"format": 2, "x": Calls(mark)}, path)
+    torch.save({"format": 2, "x": Executes(mark)}, path)
 
 
 def _plain_pickle(path: Path, mark: Path) -> None:
-    path.write_bytes(pickle.dumps([Calls(mark)], protocol=2))
+    path.write_bytes(pickle.dumps([Executes(mark)], protocol=2))
 
 
 DEEP = 100_000
@@ -267,7 +267,7 @@ def _is_plain(path: Path) -> bool:
 
 def _meet(reader: Reader, folder: Path, wanted: Any, mark: Path, sealed: bool) -> tuple[str, str]:
     """Return ``"refused"``, ``"read"`` or ``"wrong"``, and what was said."""
-    mark.unlink(missing_ok=True)
+    shutil.rmtree(mark, ignore_errors=True)
     try:
         with limited(LIMIT_SECONDS), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +18,7 @@ from spion_ds.distributed.ending import USER_ERROR_EXIT, run_command
 from spion_ds.distributed.meeting import prepare_together
 from spion_ds.distributed.process_group import Ranks
 from spion_ds.errors import ConfigError
+from tests.training.launching import free_port
 
 FORK = multiprocessing.get_context("fork")
 LIMIT_SECONDS = 60
@@ -36,9 +36,7 @@ def launched(
     work: Callable[[int], Any], count: int, log: Path
 ) -> tuple[list[int | None], list[str]]:
     """Start ranks as launchers do, which end all when one has left; return codes and errors."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log.touch()
     ranks = [
         FORK.Process(target=be_rank, args=(rank, count, port, work, log)) for rank in range(count)
@@ -100,9 +98,7 @@ def test_ranks_without_an_error_go_on(tmp_path: Path) -> None:
 def test_a_rank_that_meets_nobody_prints_its_own_error(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as probe:  # a port that nobody listens on
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import socket
 
 import pytest
 
@@ -12,6 +11,7 @@ from spion_ds.distributed.ending import USER_ERROR_EXIT, run_command
 from spion_ds.distributed.heartbeat import LOST_RANK_EXIT
 from spion_ds.distributed.process_group import Ranks, discover_ranks, join
 from spion_ds.errors import ConfigError
+from tests.training.launching import free_port
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -101,9 +101,7 @@ def test_srun_without_an_address_says_what_to_do(monkeypatch: pytest.MonkeyPatch
 def test_a_rank_that_waits_in_vain_says_where(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as probe:  # a port that nobody listens on
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     set_all(monkeypatch, {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", **place})
     monkeypatch.setattr(ranks, "MEETING_TIMEOUT", datetime.timedelta(seconds=1))

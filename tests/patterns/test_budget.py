@@ -9,17 +9,7 @@ from torch import Tensor
 
 from spion_ds.errors import ConfigError
 from spion_ds.patterns import budget_patterns
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
+from tests.devices import CPU_AND_GPU
 
 
 def maps(*shapes: tuple[int, int], seed: int = 0, ties: bool = False) -> list[Tensor]:
@@ -67,7 +57,7 @@ def by_loops(
     return kept
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", CPU_AND_GPU)
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("floors", [(1, 0), (0, 0), (2, 0), (1, 12)])
 @pytest.mark.parametrize("causal", [False, True])

@@ -22,6 +22,7 @@ from spion_ds.sparsity import (
     find_patterns,
 )
 from spion_ds.switching import Event, PatternError
+from tests.devices import CPU_AND_GPU
 from tests.switching.toy import BLOCK, FILTER, LENGTH, Toy, micro_batches, samples, toy, train_step
 
 
@@ -232,19 +233,7 @@ def test_a_skipped_step_is_looked_at_one_step_later() -> None:
     assert look_at(switch, model, 4, [(x, mask)]) is not None
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("device", CPU_AND_GPU)
 def test_in_fp16_the_first_step_that_the_loss_scaler_takes_is_looked_at(device: str) -> None:
     model = toy().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -31,6 +31,7 @@ from spion_ds.training.checkpoints.resuming import make_universal
 from spion_ds.training.config.deepspeed import check_with_deepspeed, resolve_deepspeed_config
 from spion_ds.training.config.sections import OptimizerConfig, TrainingConfig
 from spion_ds.training.step.deepspeed_engine import DeepSpeedEngine
+from tests.hostile_files import Executes
 
 RANKS = Ranks(0, 1, 0, 1)
 RATE, CLIP = 0.01, 0.01
@@ -514,16 +515,6 @@ def test_the_files_hold_only_the_known_records(setup: Setup, tmp_path: Path) -> 
     take_steps(ours, setup, 0)
     ours.save_checkpoint(tmp_path / "step-1")
     check_harmless(tmp_path / "step-1")
-
-
-class Executes:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @every_setup

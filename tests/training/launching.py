@@ -23,7 +23,7 @@ LIMIT_SECONDS = 280
 
 def command(launcher: str, ranks: int) -> list[str]:
     """Return the words that stand before the script."""
-    port = str(_free_port())
+    port = str(free_port())
     if launcher == "torchrun":
         words = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         return [sys.executable, *words, f"--master_port={port}"]
@@ -85,7 +85,7 @@ def start_ranks(count: int, words: list[str], cwd: Path, log: Path) -> list[subp
 
     Their output goes to ``log``.
     """
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with log.open("w") as output:
         return [
             subprocess.Popen(
@@ -146,7 +146,8 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

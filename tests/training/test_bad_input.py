@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from spion_ds.distributed.process_group import discover_ranks
 from spion_ds.errors import CheckpointError
 from spion_ds.training.checkpoints.checkpoint import check_harmless
 from spion_ds.training.checkpoints.files import find_checkpoint, write_manifest
+from tests.hostile_files import Executes
 from tests.training.launching import ROOT, TINY, TRAIN, command, drive, launch, session
 
 FAULTY = Path(__file__).parent / "faulty.py"
@@ -303,13 +303,6 @@ def test_official_data_files(
     assert_refused(capsys, ["--recipe", TINY, f"data.source={folder}"], *expected)
 
 
-class Executes:
-    """Makes a folder where it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, ("made-by-a-pickle",)
-
-
 @pytest.mark.ranks
 def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     drive("python", 1, [{"run_name": "r", "stop_at": 3}], tmp_path)
@@ -352,7 +345,7 @@ def test_checkpoints_that_do_not_fit(capsys: pytest.CaptureFixture[str], tmp_pat
     # Whole by its checksums, and full of code: it is not run, and the file is named.
     original = (checkpoint / "state.pt").read_bytes()
     for values, expected in (
-        (Executes(), "state.pt is damaged or not a checkpoint"),
+        (Executes(Path("made-by-a-pickle")), "state.pt is damaged or not a checkpoint"),
         ([1], "state.pt is not a spion_ds checkpoint"),
         ({"format": 1}, "state.pt does not hold a training state"),
         ({"format": 1, "masks": 5, "state": {}, "run": {}}, "does not hold a training state"),
@@ -377,7 +370,10 @@ def test_an_optimizer_file_with_code_in_it_is_not_read(legacy: bool, tmp_path: P
     checkpoint.mkdir()
     torch.save({"x": torch.ones(2), "scaler": torch.Size([2])}, checkpoint / "a.pt")
     check_harmless(checkpoint)
-    values, path = {"x": torch.ones(2), "y": Executes()}, checkpoint / "zero_optim_states.pt"
+    values, path = (
+        {"x": torch.ones(2), "y": Executes(Path("made-by-a-pickle"))},
+        checkpoint / "zero_optim_states.pt",
+    )
     torch.save(values, path, _use_new_zipfile_serialization=not legacy)
     before = files_below(tmp_path)
     with pytest.raises(CheckpointError, match=r"zero_optim_states\.pt .* could run code"):

@@ -15,6 +15,7 @@ from spion_ds.training.step.batches import (
     micro_batch_positions,
     read_batch,
 )
+from tests.devices import CPU_AND_GPU
 
 
 def test_every_epoch_takes_each_sample_once_in_a_new_order() -> None:
@@ -71,20 +72,7 @@ def test_read_batch_keeps_two_documents_apart_and_every_byte() -> None:
     assert batch.input_ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        "cpu, by a thread",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu, by a thread", *CPU_AND_GPU])
 @pytest.mark.parametrize("changed", [False, True])
 def test_reading_ahead_gives_the_batches_of_reading_when_needed(device: str, changed: bool) -> None:
     def augment(ids: np.ndarray, keys: torch.Tensor) -> np.ndarray:
